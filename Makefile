@@ -1,0 +1,23 @@
+# Two commands: `make train` and `make test`. Each first makes a virtual environment of the project's own, once.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: train test bench clean
+
+train: .venv/ready
+	$(RUN) train.py
+
+test: .venv/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+bench: .venv/ready
+	$(RUN) bench.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out corpus .pytest_cache .ruff_cache

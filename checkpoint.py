@@ -1,0 +1,111 @@
+"""Checkpoints: safetensors and JSON, verified, never half-written, and no pickle anywhere.
+
+A checkpoint is a folder RUN/step_00000100/ with tensor files, meta.json and, written last, manifest.json: the size and
+SHA-256 of every other file. It is built under a temporary name, flushed to disk, and renamed when whole; so a folder with
+the final name is complete, and a byte that changed later is found before anything is loaded.
+Not here: what is in a checkpoint (train.py).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+class NoCheckpoint(Exception):
+    """There are checkpoints, and none of them can be used."""
+
+
+def sync(path):
+    """Make sure a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folders(run):
+    """Checkpoint folders of a run, oldest first."""
+    return sorted(path for path in Path(run).glob("step_*") if path.name.removeprefix("step_").isdigit())
+
+
+def save(run, step, tensors, meta, keep=2):
+    """Write RUN/step_XXXXXXXX/ and delete all but the newest `keep` checkpoints.
+
+    tensors: {file name: {tensor name: tensor}}; meta: a JSON object. OSError (a full disk, say) leaves the older ones as they were.
+    """
+    final = Path(run, f"step_{step:08d}")
+    folder = Path(run, f".step_{step:08d}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file(group, folder / f"{name}.safetensors")
+        (folder / "meta.json").write_text(json.dumps(meta))
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+        sync(run)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for old in folders(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def verify(folder):
+    """ValueError, with the reason, unless the folder holds exactly what its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("its manifest is missing or unreadable") from None
+    present = {file.name for file in folder.iterdir()} - {"manifest.json"}
+    if present != set(expected):
+        raise ValueError(f"its files are not those of the manifest ({', '.join(sorted(present ^ set(expected)))})")
+    for name, (size, digest) in expected.items():
+        if (folder / name).stat().st_size != size or sha256(folder / name) != digest:
+            raise ValueError(f"{name} has changed since it was written")
+
+
+def load(folder, device="cpu"):
+    """(tensors, meta) of one checkpoint, verified: ValueError with the reason if it is not good."""
+    verify(folder)
+    try:
+        tensors = {file.stem: load_file(file, device=str(device)) for file in folder.glob("*.safetensors")}
+        return tensors, json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"it cannot be read ({error})") from None
+
+
+def load_newest(run, device="cpu"):
+    """(tensors, meta) of the newest good checkpoint of a run, or None if the run has none at all.
+
+    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted. Raises NoCheckpoint if only bad ones are there.
+    """
+    reasons = [f"{path.name}: set aside earlier" for path in sorted(Path(run).glob("step_*.corrupt*"))]
+    for folder in reversed(folders(run)):
+        try:
+            return load(folder, device)
+        except ValueError as error:
+            aside = next(p for n in range(1_000_000) if not (p := Path(f"{folder}.corrupt{n or ''}")).exists())
+            folder.rename(aside)
+            reasons.append(f"{folder.name}: {error}")
+            print(f"warning: {folder} is not a good checkpoint: {error}; set aside as {aside.name}", file=sys.stderr)
+    if reasons:
+        raise NoCheckpoint(f"{run}: no usable checkpoint: {'; '.join(reasons)}")
+    return None

@@ -1,0 +1,513 @@
+"""Text to batches: documents, tokenizer, token shards, and BERT's masking.
+
+The batch of step s is a pure function of (seed, s): no shuffle buffer, nothing to save, any step of any epoch at once.
+Not here: the model, the loop.
+
+    python data.py                                          one masked example from the default corpus
+    python data.py --input TEXT [TEXT ...] --out DIR        prepare your own .txt, .jsonl (field "text"), plain or .gz
+
+The default corpus is this machine's own manual: the docstrings and help topics of the running Python and the installed
+torch, about 5 MB of prose, so that nothing has to be downloaded. It differs between versions; its fingerprint is logged.
+
+Sources: masking, BERT (arXiv 1810.04805, section 3.1); tokens, sentencepiece BPE with byte fallback: any text survives.
+"""
+
+import argparse
+import ast
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from tqdm import tqdm
+
+PAD, UNK, CLS, SEP, MASK = range(5)
+SPECIAL = 5  # ids below this are never masked and never predicted
+NO_TARGET = -100
+PIECE = 1 << 16  # characters of a document handled at once
+SAMPLE = 10_000_000  # characters the tokenizer is trained on, at most
+SHARD = 1 << 28  # tokens per shard, at most
+HEADER = 512  # bytes of JSON before a shard's tokens
+VERSION = 1  # of everything that changes the tokens; part of a prepared corpus' name
+
+# ----------------------------------------------------------------------------------------------------------------
+# Documents. Every reader yields (text, ends): a piece of at most about PIECE characters, and whether its document ends.
+
+
+def is_prose(paragraph):
+    words = paragraph.split(" ")
+    letters = sum(c.isalpha() or c == " " for c in paragraph) / len(paragraph)
+    plain = sum(word.strip(".,;:()\"'`").isalpha() for word in words) / len(words)
+    return len(words) >= 10 and letters >= 0.85 and plain >= 0.7 and ">>>" not in paragraph
+
+
+def manual():
+    """The default corpus: every distinct paragraph of prose among the multi-line strings of Python's and torch's sources
+    (docstrings, help topics), as one document each. The sources are parsed, never run."""
+    stdlib, torch = Path(sysconfig.get_path("stdlib")), Path(importlib.util.find_spec("torch").origin).parent
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    files = [f for f in sorted(stdlib.rglob("*.py")) if skipped.isdisjoint(f.relative_to(stdlib).parts)]
+    seen = set()
+    for file in tqdm(files + sorted(torch.rglob("*.py")), desc="reading the manual", unit=" files", leave=False, disable=None):
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # a file for another version of Python
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
+                for paragraph in re.split(r"\n\s*\n", node.value):
+                    paragraph = " ".join(paragraph.split())
+                    if paragraph and paragraph not in seen and is_prose(paragraph):
+                        seen.add(paragraph)
+                        yield paragraph, True
+
+
+def text_pieces(file):
+    """A .txt file, in the layout of BERT's own inputs: a blank line ends a document."""
+    piece, size = [], 0
+    for line in iter(lambda: file.readline(PIECE), ""):
+        if line.strip():
+            piece.append(line)
+            size += len(line)
+        if piece and (size >= PIECE or not line.strip()):
+            yield "".join(piece).rstrip("\n"), not line.strip()
+            piece, size = [], 0
+    yield "".join(piece).rstrip("\n"), True
+
+
+def jsonl_pieces(file, name):
+    """A .jsonl file: each line is an object whose "text" is one document."""
+    for number, line in enumerate(file, 1):
+        try:
+            text = json.loads(line)["text"] if line.strip() else ""
+            if not isinstance(text, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{name}, line {number}: expected a JSON object with a string "text"') from None
+        for start in range(0, len(text), PIECE):
+            yield text[start : start + PIECE], start + PIECE >= len(text)
+
+
+def text_files(paths):
+    """The .txt and .jsonl files, plain or .gz, among `paths` and in the folders among them. ValueError if there are none."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path}: there is no such file or folder")
+        inside = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        files += [f for f in inside if f.name.removesuffix(".gz").endswith((".txt", ".jsonl"))]
+    if not files:
+        names = ", ".join(str(path) for path in paths)
+        raise ValueError(f"{names}: no .txt, .jsonl, .txt.gz or .jsonl.gz file there")
+    return files
+
+
+def read_files(files):
+    """Documents of a list of files, in order. Invalid UTF-8 becomes U+FFFD (counted by the caller), CRLF becomes LF."""
+    for path in files:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline=None) as file:
+                if ".jsonl" in path.suffixes:
+                    yield from jsonl_pieces(file, path)
+                else:
+                    yield from text_pieces(file)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def held_out(text, fraction):
+    """Whether a document belongs to the held-out set: decided by a hash of its text (of the first piece of a long one)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def train_tokenizer(pieces, vocab):
+    """A sentencepiece BPE model (bytes) of `vocab` ids, trained on a sample of bounded size that is the same each time:
+    pieces whose hash lies below a threshold, which is halved whenever the sample outgrows SAMPLE."""
+    sample, size, threshold = [], 0, 1.0
+    for text, _ in pieces:
+        for start in range(0, len(text), 1000):  # sentencepiece leaves out sentences over 4192 bytes
+            part = text[start : start + 1000]
+            if part.strip() and held_out(part, threshold):
+                sample.append(part)
+                size += len(part)
+        while size > SAMPLE:
+            threshold /= 2
+            sample = [part for part in sample if held_out(part, threshold)]
+            size = sum(map(len, sample))
+    if not sample:
+        raise ValueError("the corpus has no text in it")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sample), model_prefix=f"{folder}/tokenizer", vocab_size=vocab, model_type="bpe",
+                byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, add_dummy_prefix=False, user_defined_symbols=["\n"],
+                pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, control_symbols=["[MASK]"],
+                pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]", eos_piece="[SEP]", minloglevel=2,
+            )  # fmt: skip
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"no tokenizer of {vocab} ids (--vocab) can be made of this text: {reason}") from None
+        return Path(folder, "tokenizer.model").read_bytes()
+
+
+def load_tokenizer(path):
+    """The sentencepiece tokenizer in a file; ValueError if it is none, or none of ours."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        specials = [tokenizer.id_to_piece(i) for i in range(SPECIAL)]
+    except (OSError, RuntimeError, IndexError):
+        raise ValueError(f"{path}: not a readable sentencepiece model") from None
+    if specials != ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]:
+        raise ValueError(f"{path}: its first pieces are {specials}, not [PAD] [UNK] [CLS] [SEP] [MASK]")
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Token shards: a JSON header of HEADER bytes (try `head -c 512`), then the tokens
+
+
+class ShardWriter:
+    """Appends tokens to FOLDER/SPLIT_00000.bin, _00001.bin, ..."""
+
+    def __init__(self, folder, split, vocab):
+        self.folder, self.split, self.vocab = folder, split, vocab
+        self.dtype = "<u2" if vocab <= 1 << 16 else "<u4"
+        self.file, self.names, self.digests, self.counts = None, [], [], np.zeros(vocab, np.int64)
+
+    def write(self, tokens):
+        tokens = np.asarray(tokens, self.dtype)
+        self.counts += np.bincount(tokens, minlength=self.vocab)
+        while len(tokens):
+            if self.file is None:
+                self.names.append(f"{self.split}_{len(self.names):05d}.bin")
+                self.file, self.count, self.hash = open(self.folder / self.names[-1], "wb"), 0, hashlib.sha256()
+                self.file.write(b" " * HEADER)
+            part, tokens = tokens[: SHARD - self.count], tokens[SHARD - self.count :]
+            self.file.write(part.tobytes())
+            self.hash.update(part.tobytes())
+            self.count += len(part)
+            if self.count == SHARD:
+                self.close()
+
+    def close(self):
+        if self.file is not None:
+            header = {"format": "raptr tokens", "dtype": self.dtype, "count": self.count, "vocab": self.vocab}
+            self.digests.append(self.hash.hexdigest())
+            self.file.seek(0)
+            self.file.write(json.dumps({**header, "sha256": self.digests[-1]}).ljust(HEADER - 1).encode() + b"\n")
+            self.file.close()
+            self.file = None
+
+
+def open_shard(path, sha256):
+    """The tokens of a shard as a read-only memory map, after checking its size, its SHA-256 and its ids."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(HEADER))
+            dtype, count, vocab = np.dtype(header["dtype"]), int(header["count"]), int(header["vocab"])
+            if header["format"] != "raptr tokens" or header["dtype"] not in ("<u2", "<u4"):
+                raise ValueError
+            if os.path.getsize(path) != HEADER + count * dtype.itemsize:
+                raise ValueError(f"{path}: {os.path.getsize(path)} bytes long, not the {HEADER + count * dtype.itemsize} it should be")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # of what follows the header
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: not a token shard") from None
+    if not digest == header["sha256"] == sha256:
+        raise ValueError(f"{path}: its bytes have changed since it was written (SHA-256 differs)")
+    tokens = np.memmap(path, dtype, "r", HEADER, (count,))
+    if any(int(tokens[i : i + (1 << 24)].max()) >= vocab for i in range(0, count, 1 << 24)):
+        raise ValueError(f"{path}: holds token ids of {vocab} and above, outside its vocabulary")
+    return tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Preparing a corpus
+
+
+def batched(pieces, size=1 << 20):
+    """Lists of pieces, about `size` characters each."""
+    batch, length = [], 0
+    for text, ends in pieces:
+        batch.append((text.replace("\0", "\ufffd"), ends))
+        length += len(text)
+        if length >= size:
+            yield batch
+            batch, length = [], 0
+    yield batch
+
+
+def write_documents(pieces, choose, tokenizer, writers):
+    """Encode documents, each closed by [SEP], into the shards of the split that `choose(its first piece)` names.
+    Returns the number of replacement characters seen: what was not valid UTF-8, or a NUL."""
+    split, replaced = None, 0  # the split of the document we are in
+    progress = tqdm(desc="encoding", unit=" characters", unit_scale=True, leave=False, disable=None)
+    for batch in batched(pieces):
+        encoded = tokenizer.encode([text for text, _ in batch], out_type=int, num_threads=os.cpu_count())
+        tokens = {name: [] for name in writers}
+        for (text, ends), ids in zip(batch, encoded):
+            replaced += text.count("\ufffd")
+            progress.update(len(text))
+            if ids:
+                split = split or choose(text)
+                tokens[split] += ids
+            if ends and split:
+                tokens[split].append(SEP)
+                split = None
+        for name, writer in writers.items():
+            writer.write(tokens[name])
+    progress.close()
+    return replaced
+
+
+def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=None, source=""):
+    """Write tokenizer.model, token shards and meta.json into the folder `out`, which appears only when complete.
+
+    pieces: function that starts a fresh pass over (text, ends). val_pieces: the same for a held-out text; without it a
+    share `val_fraction` of the documents is held out, chosen by a hash. tokenizer: file to use instead of training one.
+    Raises ValueError if there is no text, or none for one of the two splits.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        if tokenizer:
+            load_tokenizer(tokenizer)
+        model = Path(tokenizer).read_bytes() if tokenizer else train_tokenizer(pieces(), vocab)
+        (folder / "tokenizer.model").write_bytes(model)
+        processor = load_tokenizer(folder / "tokenizer.model")
+        writers = {split: ShardWriter(folder, split, processor.vocab_size()) for split in ("train", "val")}
+        share = 0.0 if val_pieces else val_fraction
+        replaced = write_documents(pieces(), lambda text: "val" if held_out(text, share) else "train", processor, writers)
+        if val_pieces:
+            replaced += write_documents(val_pieces(), lambda text: "val", processor, writers)
+        meta = {"version": VERSION, "source": source, "vocab": processor.vocab_size(), "replaced_characters": replaced}
+        meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
+        for split, writer in writers.items():
+            writer.close()
+            if not writer.names:
+                more = "; give a held-out text (--val) or hold out more (--val_fraction)" if split == "val" else ""
+                raise ValueError(f"no {split} documents came out of {source or 'this text'}{more}")
+            meta[split] = {
+                "shards": writer.names,
+                "tokens": int(writer.counts.sum()),
+                "documents": int(writer.counts[SEP]),
+                "sha256": writer.digests,
+            }
+        meta["train_counts"] = writers["train"].counts.tolist()
+        (folder / "meta.json").write_text(json.dumps(meta))
+        folder.chmod(0o755)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepared(data="", vocab=4096, cache="corpus"):
+    """The folder of a prepared corpus. `data` is such a folder, or a folder or file of text, or "" for the default corpus;
+    the latter two are prepared at the first call and kept in the folder `cache`. ValueError as in `prepare`."""
+    if data and (Path(data) / "meta.json").exists():
+        return Path(data)
+    if data:
+        files = text_files([data])
+        name = re.sub(r"\W+", "-", Path(data).resolve().name).strip("-")
+        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        pieces, source = (lambda: read_files(files)), str(data)
+    else:
+        versions = [f"python{platform.python_version()}", f"torch{importlib.metadata.version('torch')}"]
+        pieces, name, facts, source = (lambda: iter(documents)), "manual", versions, "manual of " + ", ".join(versions)
+    key = hashlib.sha256(json.dumps([VERSION, vocab, facts]).encode()).hexdigest()[:8]
+    out = Path(__file__).parent / cache / f"{name}-{vocab}-{key}"
+    if not out.exists():
+        print(f"preparing {source} (once; kept in {out})", file=sys.stderr, flush=True)
+        documents = [] if data else list(manual())
+        prepare(pieces, out, vocab, source=source)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def rng(seed, name, step=0):
+    """The random numbers of (seed, name, step), and of nothing else."""
+    return np.random.default_rng([seed, step, *name.encode()])
+
+
+def shuffled(index, n, keys):
+    """Entries `index` (an array) of a random order of 0 .. n-1, without making that order: a Feistel network permutes
+    the next power of four, and what lands at n or above walks on (Black & Rogaway, 2002, "cycle walking")."""
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    half, x = np.uint64(half), np.asarray(index, np.uint64)
+    outside = np.ones(x.shape, bool)
+    while outside.any():
+        left, right = x >> half, x & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as a hash should
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        x = np.where(outside, (left << half) | right, x)
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+def mask_tokens(tokens, vocab, generator):
+    """BERT's masking of windows (B, T): (inputs (B, T), masked (B, M), targets (B, M)), M = 15% of a window.
+
+    15% of the tokens of each window that are not special are targets; of these 80% become [MASK], 10% a random token,
+    10% stay. A window with more specials has fewer targets than M; its spare slots point at position 0 with NO_TARGET.
+    """
+    B, T = tokens.shape
+    slots = masked_per_window(T)
+    order = generator.random((B, T))
+    order[tokens < SPECIAL] = np.inf  # specials come last
+    masked = np.argsort(order, axis=1)[:, :slots]
+    real = (tokens >= SPECIAL).sum(axis=1, keepdims=True)
+    spare = np.arange(slots) >= np.maximum(1, np.rint(0.15 * real))
+    spare |= np.take_along_axis(tokens, masked, 1) < SPECIAL
+    targets = np.where(spare, NO_TARGET, np.take_along_axis(tokens, masked, 1))
+    dice, random_token = generator.random((B, slots)), generator.integers(SPECIAL, vocab, (B, slots))
+    shown = np.where(dice < 0.8, MASK, np.where(dice < 0.9, random_token, targets))
+    masked = np.where(spare, 0, masked)
+    inputs = tokens.copy()
+    np.put_along_axis(inputs, masked, np.where(spare, tokens[:, :1], shown), 1)
+    return inputs, masked, targets
+
+
+def masked_per_window(seq):
+    return max(1, round(0.15 * (seq - 1)))
+
+
+class Corpus:
+    """A prepared corpus, checked. `batch` gives training batches, `fixed` an evaluation set that never changes."""
+
+    def __init__(self, folder):
+        self.folder = folder = Path(folder)
+        try:
+            self.meta = meta = json.loads((folder / "meta.json").read_text())
+            self.vocab, self.digests = meta["vocab"], [meta["tokenizer_sha256"], *meta["train"]["sha256"], *meta["val"]["sha256"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder}: its meta.json cannot be read; prepare the corpus again") from None
+        self.tokenizer = load_tokenizer(folder / "tokenizer.model")
+        if hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+            raise ValueError(f"{folder / 'tokenizer.model'}: not the tokenizer this corpus was prepared with")
+        self.shards = {}
+        for split in ("train", "val"):
+            self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in zip(meta[split]["shards"], meta[split]["sha256"])]
+        self.fingerprint = hashlib.sha256("".join(self.digests).encode()).hexdigest()[:16]
+        self.ends = {split: np.cumsum([len(s) for s in shards]) for split, shards in self.shards.items()}
+
+    def read(self, split, start, count):
+        """`count` tokens of a split from token `start` on, across shards."""
+        parts = []
+        shard = int(np.searchsorted(self.ends[split], start, side="right"))
+        while count:
+            tokens = self.shards[split][shard]
+            offset = start - (int(self.ends[split][shard]) - len(tokens))
+            parts.append(tokens[offset : offset + count])
+            start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
+        return np.concatenate(parts)
+
+    def windows(self, split, seq, index):
+        """Windows (len(index), seq): [CLS], then seq - 1 consecutive tokens; documents inside are parted by [SEP]."""
+        rows = [self.read(split, int(i) * (seq - 1), seq - 1) for i in index]
+        return np.column_stack([np.full(len(rows), CLS), np.stack(rows)]).astype(np.int64)
+
+    def count(self, split, seq):
+        """How many windows a split has. ValueError if none."""
+        count = int(self.ends[split][-1]) // (seq - 1)
+        if count == 0:
+            raise ValueError(f"{self.folder}: its {split} text is shorter than one sequence of {seq} tokens (--seq)")
+        return count
+
+    def batch(self, seed, step, size, seq):
+        """Training batch of step `step` (from 1): inputs (B, T), masked (B, M), targets (B, M), as int64 arrays. Every
+        window of the corpus comes once per epoch, in an order of that epoch's own."""
+        n = self.count("train", seq)
+        position = np.arange((step - 1) * size, step * size)
+        index = np.empty(size, np.int64)
+        for epoch in np.unique(position // n):
+            keys = rng(seed, "order", int(epoch)).integers(1 << 63, size=4, dtype=np.uint64)
+            here = position // n == epoch
+            index[here] = shuffled(position[here] % n, n, keys)
+        return mask_tokens(self.windows("train", seq, index), self.vocab, rng(seed, "mask", step))
+
+    def fixed(self, size, seq):
+        """Up to `size` held-out windows, spread evenly, masked the same for every seed and run."""
+        n = self.count("val", seq)
+        index = np.arange(min(size, n)) * n // min(size, n)
+        return mask_tokens(self.windows("val", seq, index), self.vocab, rng(0, "evaluation"))
+
+    def unigram_loss(self, targets):
+        """Mean loss, in nats, of predicting targets by their frequency in the training text."""
+        counts = np.array(self.meta["train_counts"], np.float64)[SPECIAL:] + 1
+        return float(-np.log(counts / counts.sum())[targets[targets != NO_TARGET] - SPECIAL].mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def demo():
+    corpus = Corpus(prepared())
+    inputs, masked, targets = (part[0] for part in corpus.batch(seed=0, step=1, size=1, seq=64))
+    print(f"\n  {corpus.meta['source']}, fingerprint {corpus.fingerprint}")
+    for split in ("train", "val"):
+        print(f"  {split:5}  {corpus.meta[split]['tokens']:>9,} tokens in {corpus.meta[split]['documents']:>6,} documents")
+    words = [corpus.tokenizer.id_to_piece(int(i)).replace("▁", " ") for i in inputs]
+    print("\n  A training window: 15% of its tokens are hidden (80% as [MASK], 10% as another token, 10% left as they are)\n")
+    print(textwrap.fill("".join(words), 100, initial_indent="    ", subsequent_indent="    "))
+    print("\n  What the model is asked to say:\n")
+    for position, target in sorted(zip(masked, targets)):
+        if target != NO_TARGET:
+            asked = corpus.tokenizer.id_to_piece(int(target)).replace("▁", " ")
+            print(f"    token {position:2}   shown {words[position]!r:14}  asked for {asked!r}")
+    print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare a corpus, or show one masked example of the default one.")
+    parser.add_argument("--input", nargs="+", help="files or folders of .txt, .jsonl, .txt.gz, .jsonl.gz")
+    parser.add_argument("--out", help="the folder to write, which must not exist")
+    parser.add_argument("--val", nargs="+", help="held-out text; without it a share of the documents is held out")
+    parser.add_argument("--val_fraction", type=float, default=0.05, help="that share (default 0.05)")
+    parser.add_argument("--vocab", type=int, default=4096, help="token ids (default 4096)")
+    parser.add_argument("--tokenizer", help="a tokenizer.model to use instead of training one")
+    args = parser.parse_args()
+    try:
+        if not args.input:
+            return demo()
+        if not args.out or Path(args.out).exists():
+            raise ValueError("--out: name a folder that does not exist yet")
+        if not 0 < args.val_fraction < 1 or args.vocab < 300:
+            raise ValueError("--val_fraction must lie between 0 and 1, --vocab at 300 or above (256 of them are bytes)")
+        files, val = text_files(args.input), args.val and text_files(args.val)
+        pieces, val_pieces = (lambda: read_files(files)), val and (lambda: read_files(val))
+        prepare(pieces, args.out, args.vocab, args.val_fraction, val_pieces, args.tokenizer, " ".join(args.input))
+        meta = Corpus(args.out).meta
+    except ValueError as error:
+        parser.exit(2, f"data.py: {error}\n")
+    print(f"{args.out}: {meta['train']['tokens']:,} training tokens, {meta['val']['tokens']:,} held out", end="")
+    print(f"; {meta['replaced_characters']:,} characters could not be read and were replaced" * bool(meta["replaced_characters"]))
+
+
+if __name__ == "__main__":
+    main()

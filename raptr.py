@@ -1,0 +1,214 @@
+"""RaPTr: which part of the network trains at this step?
+
+The whole method, without a tensor in it. At every step a random subset of the layers, a *path*, is trained and
+the others are bypassed; training runs in stages whose paths grow, and the last stage trains the full model.
+Not here: the model that runs a path (model.py) and the loop that asks for one per step (train.py).
+
+    python raptr.py                          draw the default plan, a few of its paths, and what they cost
+    python raptr.py --stages 3-6-9-12 --alpha 1 --layers 12
+
+Source: "Efficient Stagewise Pretraining via Progressive Subnetworks" (Panigrahi et al., arXiv 2402.05913).
+The authors released no code. What their text leaves open is a flag here, and README.md lists our defaults.
+
+Legend: L layers, k kept layers, I the layers always kept, T steps, S stages. Layers count from 0, steps from 1.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Subnetwork:
+    """The part of the network that trains in one step. `None` in its place means the full model.
+
+    layers: indices of the kept layers, rising; an empty tuple means no layer at all.
+    scale: one multiplier per kept layer, applied once to the block's whole update; None means 1 for each.
+    """
+
+    layers: tuple[int, ...]
+    scale: tuple[float, ...] | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The stage plan
+
+
+class Stage(NamedTuple):
+    start: int  # first step, counting from 1
+    end: int  # last step
+    length: float  # mean number of layers that train in it
+
+
+def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
+    """Cut `steps` steps into stages: [Stage, ...], one per entry of `lengths`.
+
+    lengths: mean number of active layers per stage, never falling, ending at `layers`: 6-8-10-12 is [6, 8, 10, 12].
+    alpha: stage s of S lasts a share s^alpha of the steps: 0 is the paper's Equal, 1 its Proportional.
+    full_warmup: steps of the full model before the first stage. They count as steps of the run (the paper does
+        not say whether they do).
+    Raises ValueError for a plan that falls, does not end at `layers`, or is longer than the run.
+    """
+    text = "-".join(f"{k:g}" for k in lengths)
+    if not lengths or any(b < a for a, b in zip(lengths, lengths[1:])):
+        raise ValueError(f"--stages {text}: the number of layers must not fall from stage to stage")
+    if lengths[0] < 0 or lengths[-1] != layers:
+        raise ValueError(f"--stages {text}: the last stage trains the full model, so it must be {layers} (--layers)")
+    if not 0 <= full_warmup < steps:
+        raise ValueError(f"--full_warmup {full_warmup}: must lie in 0 .. {steps - 1} (below --steps)")
+    shares = [s**alpha for s in range(1, len(lengths) + 1)]
+    ends = [full_warmup + round((steps - full_warmup) * sum(shares[: s + 1]) / sum(shares)) for s in range(len(shares))]
+    starts = [full_warmup + 1] + [end + 1 for end in ends]
+    plan = [Stage(1, full_warmup, layers)] * (full_warmup > 0)
+    plan += [Stage(a, b, k) for a, b, k in zip(starts, ends, lengths)]
+    if any(stage.end < stage.start for stage in plan):
+        raise ValueError(f"--stages {text}: {steps} steps are too few for it (--steps)")
+    return plan
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The paths
+
+
+def keep_probability(k, layers, fixed):
+    """p such that the fixed layers and each other one with probability p make k layers on average."""
+    free = layers - len(fixed)
+    return (k - len(fixed)) / free if free else 1.0
+
+
+def draw_layers(rng, k, layers, fixed, sampling):
+    """One path of (about) k layers. `exact`: always k of them (if k is not whole, the whole number below or above
+    it, k on average); `bernoulli`: each free layer independently, as in the paper's definition of zeta_l."""
+    free = [layer for layer in range(layers) if layer not in fixed]
+    if sampling == "bernoulli":
+        p = keep_probability(k, layers, fixed)
+        kept = [layer for layer in free if rng.random() < p]
+    else:
+        count = math.floor(k) + (rng.random() < k - math.floor(k))
+        kept = rng.sample(free, count - len(fixed))
+    return tuple(sorted(set(fixed) | set(kept)))
+
+
+def path_scale(kept, k, layers, fixed, scaling):
+    """Multipliers for the kept layers; every rule gives 1 for the full model. The paper tries a scaling whose formula
+    we could not read; these are the candidates, and the default is `none`.
+
+    gap: sqrt(distance to the kept layer below): a layer stands in for the skipped ones before it;
+    uniform: sqrt(L / k); inverse: 1 / p on the layers that could have been dropped, as in PLD.
+    """
+    if scaling == "none":
+        return None
+    if scaling == "gap":
+        return tuple(math.sqrt(b - a) for a, b in zip((-1, *kept), kept))
+    if scaling == "uniform":
+        return tuple(math.sqrt(layers / len(kept)) for _ in kept)
+    p = keep_probability(k, layers, fixed)
+    return tuple(1.0 if layer in fixed else 1 / p for layer in kept)
+
+
+class RaPTr:
+    """subnetwork(step) for a stage plan: a pure function of (seed, step), so any rank can ask for any step.
+
+    fixed: the layers that are always kept, I. The paper's experiments keep the first and the last.
+    """
+
+    def __init__(self, plan, layers, fixed, sampling="exact", scaling="none", seed=0):
+        shortest = min(stage.length for stage in plan)
+        if any(not 0 <= layer < layers for layer in fixed):
+            raise ValueError(f"--fixed {sorted(fixed)}: layers are numbered 0 .. {layers - 1} (--layers)")
+        if shortest < len(fixed):
+            raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(fixed)} always kept (--fixed)")
+        self.plan, self.layers, self.fixed = plan, layers, frozenset(fixed)
+        self.sampling, self.scaling, self.seed = sampling, scaling, seed
+
+    def stage(self, step):
+        """Number of the stage that `step` lies in, from 0."""
+        return next(i for i, stage in enumerate(self.plan) if step <= stage.end)
+
+    def expected_layers(self, step):
+        """Mean number of layers that train at `step`."""
+        return self.plan[self.stage(step)].length
+
+    def subnetwork(self, step):
+        return self.path(self.expected_layers(step), f"{self.seed} path {step}")
+
+    def path(self, k, name):
+        """The path of (mean) length k that belongs to a name. A string seed is hashed the same way on every machine."""
+        if k == self.layers:
+            return None
+        kept = draw_layers(random.Random(name), k, self.layers, self.fixed, self.sampling)
+        return Subnetwork(kept, path_scale(kept, k, self.layers, self.fixed, self.scaling))
+
+    def examples(self, count=4):
+        """A few paths of every stage's length, the same for every seed, to evaluate: {"6": [Subnetwork, ...], ...}."""
+        lengths = sorted({stage.length for stage in self.plan} - {self.layers})
+        return {f"{k:g}": [self.path(k, f"example {i}") for i in range(count)] for k in lengths}
+
+
+class Full:
+    """Every step trains every layer."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def stage(self, step):
+        return 0
+
+    def expected_layers(self, step):
+        return self.layers
+
+    def subnetwork(self, step):
+        return None
+
+    def examples(self):
+        return {}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def mean_layers(method, steps, samples=20_000):
+    """Mean number of layers that train per step over a run. Long runs are sampled at evenly spaced steps."""
+    stride = max(1, steps // samples)
+    seen = range(1 + stride // 2, steps + 1, stride)
+    return math.fsum(method.expected_layers(step) for step in seen) / len(seen)
+
+
+def draw(layers, length):
+    """A path as a picture: one cell per layer, filled where it trains."""
+    return "".join("██" if layer in layers else "··" for layer in range(length))
+
+
+def demo():
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Draw a stage plan, sampled paths, and their cost.")
+    parser.add_argument("--stages", default="6-8-10-12")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--alpha", type=float, default=0.0)
+    parser.add_argument("--full_warmup", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        lengths = [float(k) for k in args.stages.split("-")]
+        plan = stage_plan(lengths, args.steps, args.layers, args.alpha, args.full_warmup)
+        method = RaPTr(plan, args.layers, {0, args.layers - 1}, seed=args.seed)
+    except ValueError as error:
+        parser.exit(2, f"raptr.py: {error}\n")
+    print(f"\n  RaPTr {args.stages}: which of {args.layers} layers train (filled) at a step\n")
+    for number, stage in enumerate(plan):
+        print(f"  stage {number}: steps {stage.start} to {stage.end}, {stage.length:g} layers a step")
+        for step in range(stage.start, min(stage.start + 4, stage.end + 1)):
+            subnetwork = method.subnetwork(step)
+            kept = range(args.layers) if subnetwork is None else subnetwork.layers
+            print(f"    step {step:4d}  {draw(kept, args.layers)}")
+    mean = mean_layers(method, args.steps)
+    print(f"\n  mean layers a step {mean:.3f} of {args.layers}: {args.layers / mean:.3f}x fewer layer FLOPs than full", end="")
+    print(f" training\n  ({1 - mean / args.layers:.1%} saved; embeddings and head, which always run, are not counted)\n")
+
+
+if __name__ == "__main__":
+    demo()

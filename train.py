@@ -1,0 +1,557 @@
+"""Train a transformer, one subnetwork per step. The loop and its flags; read it from top to bottom.
+
+    python train.py                                         a 12-layer BERT by RaPTr, minutes on a laptop
+    python train.py --method full --out out/full            the same by full training
+    python train.py --config configs/bert_base.toml         the paper's size
+
+The same command continues a run that was stopped. Not here: which layers train (raptr.py), the model (model.py), the
+text (data.py). Every flag: python train.py --help
+"""
+
+import argparse
+import difflib
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+from raptr import Full, RaPTr, mean_layers, stage_plan
+
+# ----------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def number(kind, rule, holds):
+    """An argparse type: a finite number for which `holds`, or an error that states the rule."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and holds(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
+
+    return convert
+
+
+count = number(int, "a whole number above 0", lambda x: x > 0)
+natural = number(int, "a whole number, 0 or above", lambda x: x >= 0)
+positive = number(float, "a number above 0", lambda x: x > 0)
+nonnegative = number(float, "a number, 0 or above", lambda x: x >= 0)
+share = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def flags():
+    parser = Parser(
+        prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a transformer, one subnetwork per step. The same command continues a stopped run.",
+        epilog="A preset sets any of these names; a flag beats the preset. Where neither speaks, BERT as published does.\n"
+        "exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite; 4 no usable checkpoint; 75 stopped, state saved",
+    )  # fmt: skip
+
+    def flag(name, type, default, help, choices=None):
+        names = "|".join(choices) if choices else {count: "N", natural: "N", str: "S"}.get(type, "X")
+        shown = f" [{default}]" if default not in ("", None) else ""
+        group.add_argument(f"--{name}", type=type, default=default, choices=choices, metavar=names, help=help + shown)
+
+    def switch(name, help):
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=help)
+
+    group = parser.add_argument_group("run")
+    flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
+    flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
+    flag("data", str, "", "prepared corpus (data.py), or text files or a folder of them; default: this machine's own manual")
+    flag("init", str, "", "start from the weights of this run folder")
+    flag("seed", natural, 0, "of weights, data order, masks, paths and dropout")
+    flag("steps", count, 1_000_000, "optimizer steps")
+
+    group = parser.add_argument_group("method: which part trains at a step")
+    flag("method", str, "raptr", "who decides", choices=["full", "raptr", "constant"])
+    flag("stages", str, "auto", "mean layers per stage, like 6-8-10-12; auto: from half to all of the layers in four")
+    flag("alpha", nonnegative, 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
+    flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
+    flag("mean_depth", positive, None, "constant: mean layers at a step; default 3/4 of them")
+    flag("fixed", str, "first,last", "layers always kept: numbers from 0, first, last, or none")
+    flag("sampling", str, "exact", "layers in a step: exactly k, or k on average", choices=["exact", "bernoulli"])
+    flag("scaling", str, "none", "of the kept layers' updates", choices=["none", "gap", "uniform", "inverse"])
+    flag("skipped_grad", str, "none", "gradient of a skipped layer: none leaves it alone, zero lets its moments decay and "
+         "its weights follow them", choices=["none", "zero"])  # fmt: skip
+
+    group = parser.add_argument_group("model")
+    flag("layers", count, 12, "transformer blocks")
+    flag("width", count, 768, "hidden size")
+    flag("heads", count, 12, "attention heads")
+    flag("mlp", natural, 0, "hidden neurons of the MLP; 0: 4 times the width")
+    flag("seq", number(int, "a whole number, 8 or above", lambda x: x >= 8), 512, "tokens per sequence")
+    flag("vocab", number(int, "a whole number, 300 or above", lambda x: x >= 300), 30522, "token ids, where a tokenizer is trained")
+    flag("dropout", share, 0.1, "dropout rate")
+    flag("norm", str, "pre", "layer norm before or after", choices=["pre", "post"])
+    flag("positions", str, "learned", "position encoding", choices=["learned", "rotary"])
+    flag("init_std", positive, 0.02, "standard deviation of initial weights")
+
+    group = parser.add_argument_group("optimizer: AdamW")
+    flag("batch", count, 256, "sequences per step, in all")
+    flag("micro_batch", natural, 0, "sequences per forward pass; 0: the whole batch")
+    flag("lr", positive, 1e-4, "peak learning rate")
+    flag("lr_schedule", str, "linear", "decay after warm-up", choices=["linear", "cosine", "wsd"])
+    flag("warmup", nonnegative, 0.01, "steps of linear warm-up; below 1: a share of --steps")
+    flag("decay", number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1), 0.2, "wsd: share of steps in the final linear decay")
+    flag("min_lr", share, 0.0, "final learning rate, as a share of --lr")
+    flag("beta1", share, 0.9, "decay of the first moment")
+    flag("beta2", share, 0.999, "decay of the second moment")
+    flag("eps", positive, 1e-6, "added to the root of the second moment")
+    flag("weight_decay", nonnegative, 0.01, "not on biases and norms")
+    flag("clip", nonnegative, 1.0, "largest gradient norm; 0: no clipping")
+
+    group = parser.add_argument_group("looking and saving")
+    flag("eval_every", natural, 1000, "steps between evaluations; 0: only at stage ends and the end")
+    flag("eval_sequences", count, 1024, "held-out sequences, the same for every run")
+    flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
+    flag("keep", count, 2, "newest checkpoints to keep")
+
+    group = parser.add_argument_group("machine")
+    flag("device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
+    flag("dtype", str, "auto", "of matrix products; auto: bfloat16 where the machine has it", choices=["auto", "float32", "bfloat16"])
+    switch("compile", "compile the block, once for all layers and paths")
+    switch("deterministic", "only kernels that give the same bits every time")
+    flag("threads", natural, 0, "CPU threads; 0: as many as torch chooses")
+    return parser
+
+
+def preset_arguments(path, parser):
+    """A TOML preset as command-line arguments, so that it is checked like them."""
+    try:
+        preset = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"--config {path}: {error}")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    for name, value in preset.items():
+        if name not in known:
+            parser.error(f"{path}: unknown name {name!r}{nearest(name, known)}")
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        else:
+            yield f"--{name}={value}"
+
+
+def nearest(name, known):
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# Flags that only some methods read; giving one to another method earns a warning.
+STAGED = {"stages", "alpha", "full_warmup"}
+DRAWN = {"fixed", "sampling", "scaling"}
+READS = {"full": set(), "raptr": STAGED | DRAWN, "constant": {"mean_depth"} | DRAWN}
+
+
+def parse(argv):
+    """Checked flags. Exits with code 2 and one sentence if something is wrong; nothing has been created by then."""
+    parser = flags()
+    first, _ = Parser(add_help=False, allow_abbrev=False, prog="train.py"), None
+    first.add_argument("--config", default=parser.get_default("config"))
+    path = Path(first.parse_known_args(argv)[0].config)
+    if not path.exists() and not path.is_absolute():
+        path = Path(__file__).parent / path
+    preset = [] if {"-h", "--help"} & set(argv) else list(preset_arguments(path, parser))
+    args, unknown = parser.parse_known_args(preset + argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    args.out = args.out or f"out/{path.stem}-{args.method}-{args.seed}"
+    args.mlp = args.mlp or 4 * args.width
+    args.micro_batch = args.micro_batch or args.batch
+    given = {argument.split("=")[0].removeprefix("--") for argument in argv}
+    for name in sorted(given & (set.union(*READS.values()) - READS[args.method])):
+        print(f"warning: --method {args.method} ignores --{name}", file=sys.stderr)
+    try:
+        if args.width % args.heads:
+            raise ValueError(f"--width {args.width} must be a multiple of --heads {args.heads}")
+        if args.positions == "rotary" and args.width // args.heads % 2:
+            raise ValueError(f"--positions rotary needs an even width per head, not {args.width} / {args.heads}")
+        if args.batch % args.micro_batch:
+            raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch {args.micro_batch}")
+        if args.warmup >= args.steps:
+            raise ValueError(f"--warmup {args.warmup:g} must be below --steps {args.steps}")
+        choose_method(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def choose_method(args):
+    """The object that answers subnetwork(step). ValueError for a plan that does not fit."""
+    L = args.layers
+    words = {"first": 0, "last": L - 1}
+    try:
+        fixed = {words[w] if w in words else int(w) for w in args.fixed.split(",") if w != "none"}
+    except ValueError:
+        raise ValueError(f"--fixed {args.fixed}: name layers by number, first, last, or none, with commas") from None
+    if args.method == "full":
+        return Full(L)
+    if args.method == "constant":
+        plan = stage_plan([L], args.steps, L)
+        k = args.mean_depth or 0.75 * L
+        if k > L:
+            raise ValueError(f"--mean_depth {k:g}: there are only {L} layers (--layers)")
+        plan = [plan[0]._replace(length=k)]
+    else:
+        stages = args.stages if args.stages != "auto" else "-".join(str(round(L * s / 6)) for s in (3, 4, 5, 6))
+        try:
+            lengths = [float(k) for k in stages.split("-")]
+        except ValueError:
+            raise ValueError(f"--stages {stages}: give layers per stage like 6-8-10-12") from None
+        plan = stage_plan(lengths, args.steps, L, args.alpha, args.full_warmup)
+    return RaPTr(plan, L, fixed, args.sampling, args.scaling, args.seed)
+
+
+def learning_rate(args, step):
+    """Learning rate of a step (from 1): linear warm-up, then the schedule, ending at --min_lr at the last step."""
+    warmup = args.warmup if args.warmup >= 1 else args.warmup * args.steps
+    if step < warmup:
+        return args.lr * step / warmup
+    done = (step - warmup) / max(1.0, args.steps - warmup)  # 0 .. 1
+    if args.lr_schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    elif args.lr_schedule == "wsd":
+        left = min(1.0, (args.steps - step) / (args.decay * args.steps))
+    else:
+        left = 1 - done
+    return args.lr * (args.min_lr + (1 - args.min_lr) * left)
+
+
+ARGS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before torch: a wrong flag and --help answer at once
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import model as transformer  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pieces of the loop
+
+MAY_CHANGE = {"config", "out", "data", "init", "micro_batch", "eval_every", "save_every", "keep", "device", "compile", "threads"}
+
+
+def choose_machine(args):
+    """(device, dtype of matrix products). ValueError if the device is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch finds no MPS device here")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = device == "cuda" or (device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if bf16 else "float32"
+    return device, getattr(torch, dtype)
+
+
+def steady_memory():
+    """Keep freed memory instead of handing it back to Linux after every large tensor: 5-10% faster steps, far less noise."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def make_optimizer(model, args):
+    """AdamW over every parameter, with its state created now: a layer may be skipped for long, and still be saved."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
+    for p in model.parameters():
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
+
+
+def state(model, optimizer):
+    """All that a checkpoint holds, as {file: {name: tensor}}; the moments by the names of their weights."""
+    moments = {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+    return {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": moments}
+
+
+@torch.no_grad()
+def evaluate(model, batch, subnetworks, size, autocast):
+    """Mean loss (nats) on a fixed batch (tokens, masked, targets). Of several subnetworks each gets an equal share of it."""
+    total, counted = 0.0, 0
+    model.eval()
+    with autocast:
+        for i, subnetwork in enumerate(subnetworks):
+            for part in zip(*(tensor[i :: len(subnetworks)].split(size) for tensor in batch)):
+                total += float(model.loss(part, subnetwork))
+                counted += int((part[2] != data.NO_TARGET).sum())
+    model.train()
+    return total / counted
+
+
+def load_weights(model, tensors, where):
+    """Copy named tensors into a model. ValueError unless names and shapes are the model's own."""
+    own = dict(model.named_parameters())
+    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+
+def restore(saved, model, optimizer):
+    """Put a checkpoint back into model and optimizer: (step, FLOPs so far, seconds so far)."""
+    tensors, meta = saved
+    load_weights(model, tensors["model"], "the checkpoint")
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            value.copy_(tensors["optimizer"][f"{key}.{name}"])
+    return meta["step"], meta["flops"], meta["seconds"]
+
+
+def open_log(run, step):
+    """log.jsonl, open for appending; what it holds of later steps than `step` is dropped, as it will come again."""
+    path = run / "log.jsonl"
+    earlier = [e for e in read_log(run) if e.get("step", 0) <= step] if step else []
+    path.with_suffix(".tmp").write_text("".join(json.dumps(e) + "\n" for e in earlier))
+    path.with_suffix(".tmp").rename(path)
+    return open(path, "a")
+
+
+def read_log(run):
+    """The events of a run, oldest first. A line that was cut off in writing is left out."""
+    events = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def draw_run(run):
+    """loss.png: loss over FLOPs, and below it which layers trained. Needs matplotlib; without it, no figure."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    events = read_log(run)
+    first = next(e for e in events if e["event"] == "run")
+    steps = [e for e in events if e["event"] == "step"]
+    evals = [e for e in events if e["event"] == "eval"]
+    L = first["flags"]["layers"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, strip = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.8", lw=0.7, label="training, the step's path")
+    for k in sorted({k for e in evals for k in e["subnetworks"]}, key=float):
+        seen = [(e["step"], e["subnetworks"][k]) for e in evals if k in e["subnetworks"]]
+        top.plot(*zip(*seen), lw=1, marker=".", ms=3, label=f"held-out, paths of {k}")
+    top.plot([e["step"] for e in evals], [e["loss"] for e in evals], color="black", lw=1.8, marker="o", ms=3, label="held-out, full model")
+    top.axhline(first["unigram_loss"], color="0.5", ls=":", lw=1)
+    top.annotate("predicting by frequency", (steps[-1]["step"], first["unigram_loss"]), ha="right", va="bottom", color="0.4", fontsize=8)
+    top.set(ylabel="loss (nats)", title=f"{run.name}: held-out loss {evals[-1]['loss']:.3f}")
+    top.legend(frameon=False, fontsize=8)
+    columns = [steps[i * len(steps) // 160] for i in range(160)] if len(steps) > 160 else steps
+    cells = [[layer in e["layers"] for e in columns] for layer in range(L)]
+    strip.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest",
+                 extent=(steps[0]["step"] - 1, steps[-1]["step"], -0.5, L - 0.5))  # fmt: skip
+    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title="layers that trained (a sample of the steps)")
+    strip.title.set_fontsize(9)
+    for axes in (top, strip):
+        axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(run / "loss.png")
+    return run / "loss.png"
+
+
+def span(seconds):
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min" if seconds >= 3600 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def summarize(run):
+    """What a person wants to know of a finished run."""
+    events = read_log(run)
+    first, last = next(e for e in events if e["event"] == "run"), events[-1]
+    layers, whole = first["relative_flops_layers"], first["relative_flops_step"]
+    tokens = [e for e in events if e["event"] == "step"][-1]["tokens"]
+    figure = draw_run(run)
+    print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {span(last['seconds'])} of training\n")
+    print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {first['unigram_loss']:.3f}")
+    print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
+    print(f"  all FLOPs       full training costs {whole:.3f} times as many ({1 - 1 / whole:.1%} saved): the head always runs")
+    print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{checkpoint.folders(run)[-1].name}\n")
+
+
+class Stop(Exception):
+    """Ends the run: exit code, and one sentence for stderr."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(args):
+    # --- machine, text, method -----------------------------------------------------------------------------------
+    device, dtype = choose_machine(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    steady_memory()
+    torch.set_float32_matmul_precision("high")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    corpus = data.Corpus(data.prepared(args.data, args.vocab))
+    corpus.count("train", args.seq)
+    fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq)]
+    method = choose_method(args)
+    examples = method.examples()
+
+    # --- model and optimizer -------------------------------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    names = transformer.Config.__dataclass_fields__
+    config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
+    model = transformer.BERT(config).to(device)
+    optimizer = make_optimizer(model, args)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+
+    # --- run folder, and what an earlier start left in it ----------------------------------------------------------
+    run = Path(args.out)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {run}: another process is training there") from None
+    except OSError as error:
+        raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
+    flags_now = {**vars(args), "data_fingerprint": corpus.fingerprint}
+    if (run / "config.json").exists():
+        for name, then in json.loads((run / "config.json").read_text()).items():
+            if name not in MAY_CHANGE and flags_now.get(name) != then:
+                raise ValueError(f"--out {run}: this run began with --{name} {then}, not {flags_now.get(name)}; choose another --out")
+    else:
+        (run / "config.json").write_text(json.dumps(flags_now, indent=1))
+    saved, step, flops, seconds = checkpoint.load_newest(run, device), 0, 0, 0.0
+    if saved:
+        step, flops, seconds = restore(saved, model, optimizer)
+    elif args.init:
+        tensors, _ = checkpoint.load_newest(args.init, device) or ({}, None)
+        load_weights(model, tensors.get("model", {}), args.init)
+    log = open_log(run, step)
+
+    def record(event, **facts):
+        log.write(json.dumps({"event": event, **facts}) + "\n")
+        log.flush()
+
+    def save(step):
+        meta = {"step": step, "flops": flops, "seconds": seconds, "flags": flags_now, "tokenizer_sha256": corpus.meta["tokenizer_sha256"]}
+        checkpoint.save(run, step, state(model, optimizer), meta, args.keep)
+
+    slots = fixed[1].shape[1]  # masked positions per sequence
+    price = [transformer.flops(config, args.batch, slots, k) for k in range(args.layers + 1)]  # of a step with k layers
+    mean = mean_layers(method, args.steps)
+    if step == 0:
+        record(
+            "run", params=sum(p.numel() for p in model.parameters()), relative_flops_layers=args.layers / mean,
+            relative_flops_step=price[-1] / transformer.flops(config, args.batch, slots, mean),
+            unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, world_size=1, device=device, dtype=str(dtype),
+            threads=torch.get_num_threads(), data={"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
+            versions={"python": platform.python_version(), "torch": torch.__version__}, flags=flags_now,
+        )  # fmt: skip
+    else:
+        record("resume", step=step, threads=torch.get_num_threads())
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+    stopped = []
+
+    def stop(signum, frame):  # the first signal lets the step finish, the second is the system's
+        stopped.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    weights = list(model.parameters())
+    bar = tqdm(total=args.steps, initial=step, unit=" steps", disable=None, dynamic_ncols=True)
+    while step < args.steps:
+        step += 1
+        began = time.perf_counter()
+        subnetwork = method.subnetwork(step)
+        kept = list(range(args.layers)) if subnetwork is None else list(subnetwork.layers)
+        batch = corpus.batch(args.seed, step, args.batch, args.seq)
+        targets = int((batch[2] != data.NO_TARGET).sum())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+
+        loss = 0.0
+        for start in range(0, args.batch, args.micro_batch):
+            part = [torch.from_numpy(rows[start : start + args.micro_batch]).to(device) for rows in batch]
+            torch.manual_seed(int(data.rng(args.seed, "dropout", step).integers(1 << 62)) + start)
+            with autocast:
+                part_loss = model.loss(part, subnetwork) / targets
+            part_loss.backward()
+            loss += part_loss.item()
+        if args.skipped_grad == "zero":
+            for p in weights:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Stop(3, f"step {step}, layers {kept}: loss {loss}, gradient norm {norm}; nothing was updated or saved")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        took = time.perf_counter() - began
+        flops, seconds = flops + price[len(kept)], seconds + took
+        record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
+               layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took)  # fmt: skip
+        bar.set_postfix_str(f"loss {loss:.3f}, stage {method.stage(step)}, {len(kept)} layers, {args.batch * args.seq / took:,.0f} tokens/s")
+        bar.update()
+
+        last = step == args.steps
+        stage_ends = last or method.stage(step + 1) != method.stage(step)
+        if stage_ends or (args.eval_every and step % args.eval_every == 0):
+            full = evaluate(model, fixed, [None], args.micro_batch, autocast)
+            parts = {k: evaluate(model, fixed, paths, args.micro_batch, autocast) for k, paths in examples.items()}
+            record("eval", step=step, loss=full, flops=flops, subnetworks=parts)
+            shown = "".join(f", {k} layers {value:.3f}" for k, value in parts.items())
+            bar.write(f"step {step:>6}  held-out loss {full:.3f}{shown}", file=sys.stderr)
+        if last or stopped or (args.save_every and step % args.save_every == 0):
+            save(step)
+        if stopped and not last:
+            bar.close()
+            raise Stop(75, f"stopped by {signal.Signals(stopped[0]).name} after step {step}; the same command continues")
+    bar.close()
+    record("done", step=step, loss=full, flops=flops, seconds=seconds)
+    summarize(run)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except ValueError as error:
+        code, reason = 2, error
+    except checkpoint.NoCheckpoint as error:
+        code, reason = 4, error
+    except Stop as stop:
+        code, reason = stop.args
+    else:
+        code, reason = 0, ""
+    if reason:
+        print(f"train.py: {reason}", file=sys.stderr)
+    sys.exit(code)
