@@ -8,7 +8,7 @@ train: .venv/ready
 	$(RUN) train.py
 
 test: .venv/ready
-	$(RUN) -m ruff check .
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(RUN) -m pytest
 
 bench: .venv/ready

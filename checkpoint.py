@@ -43,7 +43,8 @@ def folders(run):
 def save(run, step, tensors, meta, keep=2):
     """Write RUN/step_XXXXXXXX/ and delete all but the newest `keep` checkpoints.
 
-    tensors: {file name: {tensor name: tensor}}; meta: a JSON object. OSError (a full disk, say) leaves the older ones as they were.
+    tensors: {file name: {tensor name: tensor}}; meta: a JSON object.
+    OSError (a full disk, say) leaves the older ones as they were.
     """
     final = Path(run, f"step_{step:08d}")
     folder = Path(run, f".step_{step:08d}.tmp")
@@ -95,7 +96,8 @@ def load(folder, device="cpu"):
 def load_newest(run, device="cpu"):
     """(tensors, meta) of the newest good checkpoint of a run, or None if the run has none at all.
 
-    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted. Raises NoCheckpoint if only bad ones are there.
+    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted.
+    Raises NoCheckpoint if only bad ones are there.
     """
     reasons = [f"{path.name}: set aside earlier" for path in sorted(Path(run).glob("step_*.corrupt*"))]
     for folder in reversed(folders(run)):

@@ -225,13 +225,14 @@ def open_shard(path, sha256):
             dtype, count, vocab = np.dtype(header["dtype"]), int(header["count"]), int(header["vocab"])
             if header["format"] != "raptr tokens" or header["dtype"] not in ("<u2", "<u4"):
                 raise ValueError
-            if os.path.getsize(path) != HEADER + count * dtype.itemsize:
-                raise ValueError(f"{path}: {os.path.getsize(path)} bytes long, not the {HEADER + count * dtype.itemsize} it should be")
+            size, expected = os.path.getsize(path), HEADER + count * dtype.itemsize
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # of what follows the header
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: not a token shard") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a token shard") from None
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes long, not the {expected} it was written with")
     if not digest == header["sha256"] == sha256:
         raise ValueError(f"{path}: its bytes have changed since it was written (SHA-256 differs)")
     tokens = np.memmap(path, dtype, "r", HEADER, (count,))
@@ -412,7 +413,8 @@ class Corpus:
             raise ValueError(f"{folder / 'tokenizer.model'}: not the tokenizer this corpus was prepared with")
         self.shards = {}
         for split in ("train", "val"):
-            self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in zip(meta[split]["shards"], meta[split]["sha256"])]
+            named = zip(meta[split]["shards"], meta[split]["sha256"])
+            self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in named]
         self.fingerprint = hashlib.sha256("".join(self.digests).encode()).hexdigest()[:16]
         self.ends = {split: np.cumsum([len(s) for s in shards]) for split, shards in self.shards.items()}
 

@@ -122,7 +122,7 @@ class BERT(nn.Module):
         post = config.norm == "post"
         self.tokens = nn.Embedding(V, C)
         self.positions = nn.Embedding(config.seq, C) if config.positions == "learned" else None
-        self.embedding_norm = nn.LayerNorm(C) if post else nn.Identity()
+        self.embedding_norm = nn.LayerNorm(C)
         self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))
         self.final_norm = nn.Identity() if post else nn.LayerNorm(C)
         self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # then the tied token embedding
@@ -135,11 +135,16 @@ class BERT(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init)
 
-    def _init(self, module):  # one rule for all: matrices normal, biases zero, norms one
+    def _init(self, module):
+        """Matrices normal, biases zero, norms one. In a pre-LN stack 2L updates add up on one stream, so what writes to it
+        begins smaller by sqrt(2L), as in GPT-2; the original, post-LN BERT has no such rule."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+        if isinstance(module, Block) and self.config.norm == "pre":  # comes after its parts
+            for writer in (module.attention.out, module.mlp.down):
+                writer.weight.data /= (2 * self.config.layers) ** 0.5
 
     def encode(self, tokens, subnetwork=None):
         """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them)."""

@@ -96,7 +96,7 @@ def flags():
     flag("heads", count, 12, "attention heads")
     flag("mlp", natural, 0, "hidden neurons of the MLP; 0: 4 times the width")
     flag("seq", number(int, "a whole number, 8 or above", lambda x: x >= 8), 512, "tokens per sequence")
-    flag("vocab", number(int, "a whole number, 300 or above", lambda x: x >= 300), 30522, "token ids, where a tokenizer is trained")
+    flag("vocab", number(int, "a whole number, 300 or above", lambda x: x >= 300), 30522, "token ids, if a tokenizer is made")
     flag("dropout", share, 0.1, "dropout rate")
     flag("norm", str, "pre", "layer norm before or after", choices=["pre", "post"])
     flag("positions", str, "learned", "position encoding", choices=["learned", "rotary"])
@@ -108,7 +108,7 @@ def flags():
     flag("lr", positive, 1e-4, "peak learning rate")
     flag("lr_schedule", str, "linear", "decay after warm-up", choices=["linear", "cosine", "wsd"])
     flag("warmup", nonnegative, 0.01, "steps of linear warm-up; below 1: a share of --steps")
-    flag("decay", number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1), 0.2, "wsd: share of steps in the final linear decay")
+    flag("decay", number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1), 0.2, "wsd: share of steps in the last decay")
     flag("min_lr", share, 0.0, "final learning rate, as a share of --lr")
     flag("beta1", share, 0.9, "decay of the first moment")
     flag("beta2", share, 0.999, "decay of the second moment")
@@ -124,7 +124,7 @@ def flags():
 
     group = parser.add_argument_group("machine")
     flag("device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
-    flag("dtype", str, "auto", "of matrix products; auto: bfloat16 where the machine has it", choices=["auto", "float32", "bfloat16"])
+    flag("dtype", str, "auto", "of matrix products; auto: bfloat16 where it pays", choices=["auto", "float32", "bfloat16"])
     switch("compile", "compile the block, once for all layers and paths")
     switch("deterministic", "only kernels that give the same bits every time")
     flag("threads", natural, 0, "CPU threads; 0: as many as torch chooses")
@@ -174,9 +174,6 @@ def parse(argv):
     args.out = args.out or f"out/{path.stem}-{args.method}-{args.seed}"
     args.mlp = args.mlp or 4 * args.width
     args.micro_batch = args.micro_batch or args.batch
-    given = {argument.split("=")[0].removeprefix("--") for argument in argv}
-    for name in sorted(given & (set.union(*READS.values()) - READS[args.method])):
-        print(f"warning: --method {args.method} ignores --{name}", file=sys.stderr)
     try:
         if args.width % args.heads:
             raise ValueError(f"--width {args.width} must be a multiple of --heads {args.heads}")
@@ -189,6 +186,9 @@ def parse(argv):
         choose_method(args)
     except ValueError as error:
         parser.error(str(error))
+    given = {argument.split("=")[0].removeprefix("--") for argument in argv}
+    for name in sorted(given & (set.union(*READS.values()) - READS[args.method])):
+        print(f"warning: --method {args.method} ignores --{name}", file=sys.stderr)
     return args
 
 
@@ -241,6 +241,7 @@ from tqdm import tqdm  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import model as transformer  # noqa: E402
+import report  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
 # Pieces of the loop
@@ -324,76 +325,13 @@ def restore(saved, model, optimizer):
 
 
 def open_log(run, step):
-    """log.jsonl, open for appending; what it holds of later steps than `step` is dropped, as it will come again."""
+    """(log.jsonl, open for appending; its events so far). What it holds of later steps than `step` is dropped,
+    as it will come again."""
     path = run / "log.jsonl"
-    earlier = [e for e in read_log(run) if e.get("step", 0) <= step] if step else []
+    earlier = [e for e in report.read_log(run) if e.get("step", 0) <= step] if step else []
     path.with_suffix(".tmp").write_text("".join(json.dumps(e) + "\n" for e in earlier))
     path.with_suffix(".tmp").rename(path)
-    return open(path, "a")
-
-
-def read_log(run):
-    """The events of a run, oldest first. A line that was cut off in writing is left out."""
-    events = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
-
-
-def draw_run(run):
-    """loss.png: loss over FLOPs, and below it which layers trained. Needs matplotlib; without it, no figure."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    events = read_log(run)
-    first = next(e for e in events if e["event"] == "run")
-    steps = [e for e in events if e["event"] == "step"]
-    evals = [e for e in events if e["event"] == "eval"]
-    L = first["flags"]["layers"]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    top, strip = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.8", lw=0.7, label="training, the step's path")
-    for k in sorted({k for e in evals for k in e["subnetworks"]}, key=float):
-        seen = [(e["step"], e["subnetworks"][k]) for e in evals if k in e["subnetworks"]]
-        top.plot(*zip(*seen), lw=1, marker=".", ms=3, label=f"held-out, paths of {k}")
-    top.plot([e["step"] for e in evals], [e["loss"] for e in evals], color="black", lw=1.8, marker="o", ms=3, label="held-out, full model")
-    top.axhline(first["unigram_loss"], color="0.5", ls=":", lw=1)
-    top.annotate("predicting by frequency", (steps[-1]["step"], first["unigram_loss"]), ha="right", va="bottom", color="0.4", fontsize=8)
-    top.set(ylabel="loss (nats)", title=f"{run.name}: held-out loss {evals[-1]['loss']:.3f}")
-    top.legend(frameon=False, fontsize=8)
-    columns = [steps[i * len(steps) // 160] for i in range(160)] if len(steps) > 160 else steps
-    cells = [[layer in e["layers"] for e in columns] for layer in range(L)]
-    strip.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest",
-                 extent=(steps[0]["step"] - 1, steps[-1]["step"], -0.5, L - 0.5))  # fmt: skip
-    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title="layers that trained (a sample of the steps)")
-    strip.title.set_fontsize(9)
-    for axes in (top, strip):
-        axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure).print_png(run / "loss.png")
-    return run / "loss.png"
-
-
-def span(seconds):
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min" if seconds >= 3600 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
-def summarize(run):
-    """What a person wants to know of a finished run."""
-    events = read_log(run)
-    first, last = next(e for e in events if e["event"] == "run"), events[-1]
-    layers, whole = first["relative_flops_layers"], first["relative_flops_step"]
-    tokens = [e for e in events if e["event"] == "step"][-1]["tokens"]
-    figure = draw_run(run)
-    print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {span(last['seconds'])} of training\n")
-    print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {first['unigram_loss']:.3f}")
-    print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
-    print(f"  all FLOPs       full training costs {whole:.3f} times as many ({1 - 1 / whole:.1%} saved): the head always runs")
-    print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{checkpoint.folders(run)[-1].name}\n")
+    return open(path, "a"), earlier
 
 
 class Stop(Exception):
@@ -433,6 +371,8 @@ def main(args):
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     run = Path(args.out)
+    if args.init and not checkpoint.folders(args.init):
+        raise ValueError(f"--init {args.init}: there is no checkpoint in it")
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
@@ -445,23 +385,27 @@ def main(args):
     if (run / "config.json").exists():
         for name, then in json.loads((run / "config.json").read_text()).items():
             if name not in MAY_CHANGE and flags_now.get(name) != then:
-                raise ValueError(f"--out {run}: this run began with --{name} {then}, not {flags_now.get(name)}; choose another --out")
+                now = flags_now.get(name)
+                raise ValueError(f"--out {run}: this run began with --{name} {then}, not {now}; choose another --out")
     else:
         (run / "config.json").write_text(json.dumps(flags_now, indent=1))
     saved, step, flops, seconds = checkpoint.load_newest(run, device), 0, 0, 0.0
     if saved:
         step, flops, seconds = restore(saved, model, optimizer)
     elif args.init:
-        tensors, _ = checkpoint.load_newest(args.init, device) or ({}, None)
-        load_weights(model, tensors.get("model", {}), args.init)
-    log = open_log(run, step)
+        tensors, _ = checkpoint.load_newest(args.init, device)
+        load_weights(model, tensors["model"], args.init)
+    log, earlier = open_log(run, step)
+    if earlier and earlier[-1]["event"] == "done":
+        return report.summarize(run)
 
     def record(event, **facts):
         log.write(json.dumps({"event": event, **facts}) + "\n")
         log.flush()
 
     def save(step):
-        meta = {"step": step, "flops": flops, "seconds": seconds, "flags": flags_now, "tokenizer_sha256": corpus.meta["tokenizer_sha256"]}
+        meta = {"step": step, "flops": flops, "seconds": seconds, "flags": flags_now}
+        meta["tokenizer_sha256"] = corpus.meta["tokenizer_sha256"]
         checkpoint.save(run, step, state(model, optimizer), meta, args.keep)
 
     slots = fixed[1].shape[1]  # masked positions per sequence
@@ -471,8 +415,9 @@ def main(args):
         record(
             "run", params=sum(p.numel() for p in model.parameters()), relative_flops_layers=args.layers / mean,
             relative_flops_step=price[-1] / transformer.flops(config, args.batch, slots, mean),
-            unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, world_size=1, device=device, dtype=str(dtype),
-            threads=torch.get_num_threads(), data={"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
+            unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, world_size=1, device=device,
+            dtype=str(dtype), threads=torch.get_num_threads(),
+            data={"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
             versions={"python": platform.python_version(), "torch": torch.__version__}, flags=flags_now,
         )  # fmt: skip
     else:
@@ -520,7 +465,8 @@ def main(args):
         flops, seconds = flops + price[len(kept)], seconds + took
         record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
                layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took)  # fmt: skip
-        bar.set_postfix_str(f"loss {loss:.3f}, stage {method.stage(step)}, {len(kept)} layers, {args.batch * args.seq / took:,.0f} tokens/s")
+        speed = args.batch * args.seq / took
+        bar.set_postfix_str(f"loss {loss:.3f}, stage {method.stage(step)}, {len(kept)} layers, {speed:,.0f} tokens/s")
         bar.update()
 
         last = step == args.steps
@@ -537,8 +483,9 @@ def main(args):
             bar.close()
             raise Stop(75, f"stopped by {signal.Signals(stopped[0]).name} after step {step}; the same command continues")
     bar.close()
+    full = [e for e in report.read_log(run) if e["event"] == "eval"][-1]["loss"]
     record("done", step=step, loss=full, flops=flops, seconds=seconds)
-    summarize(run)
+    report.summarize(run)
 
 
 if __name__ == "__main__":

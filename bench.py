@@ -1,0 +1,185 @@
+"""How fast is a step, and does a path save what it should? All figures are ratios of things timed in turn.
+
+    python bench.py                     everything below, on this machine
+    python bench.py --only paths        a full step against paths of 6, 8, 10 of 12 layers
+    python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
+    python bench.py --only data         what making a batch takes of a step
+    python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
+
+Each round times one step of every candidate, one after another, so that a slow moment of the machine hits all of them;
+a ratio is the median over the rounds of that round's ratio. Let nothing else run meanwhile.
+
+efficiency of a path = (time of a full step / time of its step) / (FLOPs of a full step / FLOPs of its step); 1 is ideal.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+import data
+import model as transformer
+from raptr import RaPTr, Stage
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def interleaved(candidates, rounds, warmup=3):
+    """Seconds per call of each candidate, {name: [one per round]}, called in turn."""
+    times = {name: [] for name in candidates}
+    for round in range(-warmup, rounds):
+        for name, call in candidates.items():
+            began = time.perf_counter()
+            call()
+            if round >= 0:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def trainer(model, loss, dtype):
+    """A whole training step, as train.py takes it: forward, backward, clipping, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    weights = list(model.parameters())
+
+    def step(*arguments):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            value = loss(*arguments)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return step
+
+
+def make_batch(config, size):
+    tokens = torch.randint(data.SPECIAL, config.vocab, (size, config.seq))
+    masked = torch.stack([torch.randperm(config.seq)[: data.masked_per_window(config.seq)] for _ in range(size)])
+    return tokens, masked, tokens.gather(1, masked)
+
+
+def our_step(config, size, dtype, compile=False):
+    model, batch = transformer.BERT(config), make_batch(config, size)
+    if compile:
+        for block in model.blocks:
+            block.compile()
+    return trainer(model, lambda subnetwork: model.loss(batch, subnetwork) / batch[2].numel(), dtype)
+
+
+def bench_paths(args, config, report):
+    step = our_step(config, args.batch, args.dtype, args.compile)
+    lengths, L = [6, 8, 10], config.layers
+    paths = {k: RaPTr([Stage(1, 10**9, k)], L, {0, L - 1}) for k in lengths}
+    turn = iter(range(1, 10**9))
+    candidates = {"full": lambda: step(None)}
+    candidates |= {k: lambda k=k: step(paths[k].subnetwork(next(turn))) for k in lengths}  # a new path each time
+    times = interleaved(candidates, args.rounds)
+    slots = data.masked_per_window(config.seq)
+    cost = {k: transformer.flops(config, args.batch, slots, k) for k in [*lengths, L]}
+    print(f"  paths, {args.dtype}{', compiled' if args.compile else ''}      step    FLOPs    speed-up   ideal   efficiency")
+    print(f"    full, {L} layers     {median(times['full']) * 1e3:6.1f} ms")
+    for k in lengths:
+        speed = median([a / b for a, b in zip(times["full"], times[k])])
+        ideal = cost[L] / cost[k]
+        took, share = median(times[k]) * 1e3, cost[k] / cost[L]
+        print(f"    path of {k:2}          {took:6.1f} ms  {share:6.1%}   {speed:8.3f}  {ideal:6.3f}   {speed / ideal:10.3f}")
+        report[f"efficiency_{k}_of_{L}"] = speed / ideal
+
+
+def bench_rival(args, config, report):
+    try:
+        import transformers
+    except ImportError:
+        return print("  rival: transformers is not installed (pip install transformers); not run")
+    ours = our_step(config, args.batch, args.dtype)
+    rivals = {}
+    tokens = torch.randint(data.SPECIAL, config.vocab, (args.batch, config.seq))
+    labels = torch.where(torch.rand(tokens.shape) < 0.15, tokens, -100)
+    for kind in ("sdpa", "eager"):
+        theirs = transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                vocab_size=config.padded_vocab, hidden_size=config.width, num_hidden_layers=config.layers,
+                num_attention_heads=config.heads, intermediate_size=config.mlp, max_position_embeddings=config.seq,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=kind,
+            )
+        )  # fmt: skip
+        rivals[kind] = trainer(theirs, lambda theirs=theirs: theirs(input_ids=tokens, labels=labels).loss, args.dtype)
+    times = interleaved({"ours": lambda: ours(None), **rivals}, args.rounds)
+    per_step = args.batch * config.seq
+    fastest = min(rivals, key=lambda kind: median(times[kind]))
+    print(f"  full step against transformers {transformers.__version__} BertForMaskedLM, {args.dtype}")
+    for name, seconds in times.items():
+        print(f"    {name:6} {per_step / median(seconds):8,.0f} tokens/s")
+    ratio = median([b / a for a, b in zip(times["ours"], times[fastest])])
+    print(f"    ours is {ratio:.2f} times as fast as its fastest ({fastest})")
+    report["times_transformers"] = ratio
+
+
+def bench_data(args, config, report):
+    corpus = data.Corpus(data.prepared())
+    toy = transformer.Config(12, 128, 2, 512, 64, corpus.vocab, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
+    step, turn = our_step(toy, 32, args.dtype), iter(range(1, 10**9))
+    times = interleaved({"batch": lambda: corpus.batch(0, next(turn), 32, 64), "step": lambda: step(None)}, args.rounds)
+    share = median([a / b for a, b in zip(times["batch"], times["step"])])
+    print(f"  making a toy batch takes {median(times['batch']) * 1e3:.2f} ms, {share:.2%} of a full step")
+    report["data_share"] = share
+
+
+def bench_memory(args, config, report):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        toy = f"import runpy, sys; sys.argv = ['train.py', '--steps', '30', '--out', '{folder}/run']"
+        commands = {
+            "toy run": f"{toy}\ntry: runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass",
+            "preparing the manual": f"import data; data.prepare(data.manual, '{folder}/corpus', 4096)",
+        }
+        for name, code in commands.items():
+            code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            peak = int(shown.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+            print(f"  peak memory of {name:20} {peak / 2**20:6.0f} MiB")
+            report[f"peak_bytes_{name.replace(' ', '_')}"] = peak
+
+
+BENCHES = {"paths": bench_paths, "rival": bench_rival, "data": bench_data, "memory": bench_memory}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time steps, paths, batches; measure memory.")
+    parser.add_argument("--only", choices=BENCHES)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", help="write the figures to this file too")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = transformer.Config(args.layers, args.width, args.heads, 4 * args.width, args.seq, args.vocab, 0.0)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    shape = f"{config.layers} x {config.width}, sequence {config.seq}, batch {args.batch}"
+    print(f"\n  {machine}; {shape}; medians of {args.rounds} rounds\n")
+    report = {"machine": machine, "command": " ".join(sys.argv)}
+    for name in [args.only] if args.only else BENCHES:
+        BENCHES[name](args, config, report)
+        print()
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Shared by all tests: a small corpus of made-up sentences, and the flags of a tiny model."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+import data  # noqa: E402
+
+
+def sentences(count, seed=0):
+    """Documents with something to learn: each word narrows down the next one."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(120)]
+    documents = []
+    for _ in range(count):
+        word, text = rng.randrange(120), []
+        for _ in range(rng.randint(8, 40)):
+            text.append(words[word])
+            word = (3 * word + rng.randint(0, 4)) % 120
+        documents.append(" ".join(text).capitalize() + ".")
+    return documents
+
+
+@pytest.fixture(scope="session")
+def text():
+    return sentences(1500)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, text):
+    """Folder of a prepared corpus of 512 token ids."""
+    out = tmp_path_factory.mktemp("corpus") / "small"
+    data.prepare(lambda: ((document, True) for document in text), out, vocab=512, source="made-up sentences")
+    return out
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path):
+    """Flags of a run that takes a second."""
+    flags = "--layers 4 --width 64 --heads 4 --seq 32 --batch 8 --steps 12 --stages 2-3-4 --eval_sequences 16 --eval_every 0"
+    return [*flags.split(), "--save_every", "0", "--threads", "1", "--data", str(corpus), "--out", str(tmp_path / "run")]

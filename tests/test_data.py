@@ -1,0 +1,300 @@
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import data
+from conftest import ROOT, sentences
+from data import CLS, MASK, NO_TARGET, SEP, Corpus
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "data.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def documents_of(corpus, split):
+    tokens = np.concatenate(corpus.shards[split])
+    assert tokens[-1] == SEP
+    parts = np.split(tokens, np.flatnonzero(tokens == SEP) + 1)[:-1]
+    return [corpus.tokenizer.decode(part[:-1].tolist()) for part in parts]
+
+
+# ---- text to tokens
+
+
+def test_every_document_comes_out_as_it_went_in(corpus, text):
+    corpus = Corpus(corpus)
+    train, val = documents_of(corpus, "train"), documents_of(corpus, "val")
+    assert sorted(train + val) == sorted(text) and train == [d for d in text if d in set(train)]
+    assert not set(train) & set(val) and 0.02 < len(val) / len(text) < 0.09
+    assert (corpus.meta["train"]["documents"], corpus.meta["val"]["documents"]) == (len(train), len(val))
+
+
+def test_txt_jsonl_and_gz_hold_the_same_documents(tmp_path, text):
+    strange = ["naïve Ærøskøbing 東京 🦖 [MASK] [SEP] </s>", "  two  blanks,\ttab\nand a second line", "x" * 200_000]
+    documents = text[:300] + strange
+    (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": d, "id": 1}) + "\n" for d in documents))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\r\n\r\n\r\n".join(documents).replace("\n", "\r\n").encode("utf-8-sig")))
+    tokenizer, held = None, ["--val", tmp_path / "b.jsonl"]
+    for name in ("a.txt", "b.jsonl", "c.txt.gz"):
+        out = tmp_path / f"out {name}"
+        shown = run("--input", tmp_path / name, "--out", out, "--vocab", 512, *held, *(tokenizer or []))
+        assert shown.returncode == 0, shown.stderr
+        corpus = Corpus(out)
+        assert documents_of(corpus, "train") == documents
+        assert corpus.meta["replaced_characters"] == 0
+        tokenizer = ["--tokenizer", out / "tokenizer.model"]
+
+
+def test_special_tokens_cannot_be_written_by_a_text(corpus):
+    ids = Corpus(corpus).tokenizer.encode("[MASK] [CLS] [SEP] [PAD]")
+    assert min(ids) >= data.SPECIAL
+
+
+def test_what_is_not_utf8_is_replaced_and_counted(tmp_path, text):
+    (tmp_path / "a.txt").write_bytes(("\n\n".join(text[:300]) + "\n\n").encode() + b"one \xff two \x00 three\n")
+    shown = run("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab", 512)
+    assert shown.returncode == 0 and "2 characters could not be read" in shown.stdout
+    corpus = Corpus(tmp_path / "out")
+    assert "one \ufffd two \ufffd three" in documents_of(corpus, "train") + documents_of(corpus, "val")
+
+
+def test_one_huge_line_needs_little_memory(tmp_path, text):
+    (tmp_path / "a.txt").write_text(" ".join(text) * 60 + "\n\nA short document, to be held out perhaps.\n")
+    (tmp_path / "v.txt").write_text("\n\n".join(text[:50]))
+    code = f"""if True:
+        import resource, data, sys
+        folder = "{tmp_path}"
+        sys.argv = ["data.py", "--input", folder + "/a.txt", "--val", folder + "/v.txt", "--out", folder + "/o", "--vocab", "512"]
+        data.main()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    assert (tmp_path / "a.txt").stat().st_size > 8_000_000
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(shown.split()[-1]) < 600_000  # kB
+    assert Corpus(tmp_path / "o").meta["train"]["documents"] == 2
+
+
+def test_the_tokenizer_sees_a_bounded_sample(text, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", 20_000)
+    seen = []
+    trainer = data.sentencepiece.SentencePieceTrainer
+    monkeypatch.setattr(trainer, "train", lambda sentence_iterator, **_: seen.extend(sentence_iterator))
+    with pytest.raises(FileNotFoundError):  # as nothing was trained
+        data.train_tokenizer(((d, True) for d in text), 512)
+    assert 5_000 < sum(map(len, seen)) <= 20_000 and set(seen) <= set(text)
+
+
+def test_shards_are_cut_and_read_across(tmp_path, text, corpus, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 777)
+    data.prepare(lambda: ((d, True) for d in text), tmp_path / "cut", 512, tokenizer=corpus / "tokenizer.model")
+    one, many = Corpus(corpus), Corpus(tmp_path / "cut")
+    assert len(many.shards["train"]) > 30 and len(one.shards["train"]) == 1
+    np.testing.assert_array_equal(np.concatenate(many.shards["train"]), one.shards["train"][0])
+    for a, b in zip(one.batch(0, 5, 64, 100), many.batch(0, 5, 64, 100)):
+        np.testing.assert_array_equal(a, b)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1000])
+def test_shuffled_is_a_permutation(n):
+    keys = data.rng(0, "order").integers(1 << 63, size=4, dtype=np.uint64)
+    order = data.shuffled(np.arange(n), n, keys)
+    assert sorted(order) == list(range(n))
+    assert n < 63 or (order != np.arange(n)).mean() > 0.9
+    np.testing.assert_array_equal(data.shuffled(np.arange(n)[::3], n, keys), order[::3])
+
+
+def test_shuffled_looks_random():
+    first = []
+    for seed in range(400):
+        keys = data.rng(seed, "order").integers(1 << 63, size=4, dtype=np.uint64)
+        first.append(data.shuffled(np.arange(2), 1000, keys))
+    first = np.array(first)
+    assert abs(first.mean() - 499.5) < 35 and abs(np.corrcoef(first.T)[0, 1]) < 0.2
+
+
+def test_every_window_comes_once_per_epoch(corpus):
+    corpus = Corpus(corpus)
+    n = corpus.count("train", 32)
+    tokens = np.concatenate(corpus.shards["train"])[: n * 31].reshape(n, 31)
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * n + 1, (epoch + 1) * n + 1):
+            inputs, masked, targets = (part[0] for part in corpus.batch(3, step, 1, 32))
+            real = targets != NO_TARGET
+            inputs[masked[real]] = targets[real]
+            assert inputs[0] == CLS
+            seen.append(inputs[1:])
+        epochs.append(np.stack(seen))
+        assert sorted(map(tuple, seen)) == sorted(map(tuple, tokens))
+    assert (epochs[0] != epochs[1]).any(axis=1).mean() > 0.9
+
+
+def test_a_batch_depends_on_seed_and_step_alone(corpus):
+    one, two = Corpus(corpus), Corpus(corpus)
+    late = 10**12
+    later = one.batch(1, late, 4, 32)
+    for step in (1, 2, 50, late):
+        for a, b in zip(one.batch(1, step, 4, 32), two.batch(1, step, 4, 32)):
+            np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(later[0], one.batch(1, late + 1, 4, 32)[0])
+    assert not np.array_equal(later[0], one.batch(2, late, 4, 32)[0])
+
+
+def test_masking_is_berts(corpus):
+    corpus = Corpus(corpus)
+    tokens = corpus.windows("train", 128, np.tile(np.arange(corpus.count("train", 128)), 20))
+    inputs, masked, targets = data.mask_tokens(tokens, corpus.vocab, data.rng(0, "test"))
+    real = targets != NO_TARGET
+    rows = np.arange(len(tokens))[:, None]
+    original, shown = tokens[rows, masked], inputs[rows, masked]
+    np.testing.assert_array_equal(original[real], targets[real])
+    assert (original[real] >= data.SPECIAL).all()
+    changed = inputs != tokens
+    assert changed.sum() == (shown != original)[real].sum()  # nothing else was touched
+    assert all(len(set(m[r])) == r.sum() for m, r in zip(masked, real))  # no position twice
+    share = real.sum() / (tokens >= data.SPECIAL).sum()
+    assert abs(share - 0.15) < 0.002
+    assert abs((shown == MASK)[real].mean() - 0.8) < 0.01
+    kept = (shown == original)[real].mean()
+    assert abs(kept - 0.1 - 0.1 / (corpus.vocab - data.SPECIAL)) < 0.01
+    counts = np.bincount(masked[real], minlength=128)[1:]
+    assert counts.std() / counts.mean() < 0.1  # every position equally often
+
+
+def test_evaluation_is_fixed_and_held_out(corpus):
+    one = Corpus(corpus).fixed(10, 32)
+    for a, b in zip(one, Corpus(corpus).fixed(10, 32)):
+        np.testing.assert_array_equal(a, b)
+    everything = Corpus(corpus).fixed(10**9, 32)[0]
+    assert len(everything) == Corpus(corpus).count("val", 32)
+
+
+def test_unigram_loss_by_hand(corpus):
+    corpus = Corpus(corpus)
+    corpus.meta["train_counts"] = [99] * 5 + [2, 5] + [0] * 505  # plus one each: 3 and 6 of 514
+    expected = -(np.log(3 / 514) + np.log(6 / 514) * 2 + np.log(1 / 514)) / 4
+    assert corpus.unigram_loss(np.array([5, 6, 6, NO_TARGET, 7])) == pytest.approx(expected)
+
+
+# ---- bad input: one sentence, exit 2, nothing left behind
+
+
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("a.txt", b"", "no text"),
+        ("a.txt", b" \n\n\t\n", "no text"),
+        ("a.txt", b"Far too short for it.", "--vocab"),
+        ("a.jsonl", b'{"text": "fine"}\n{"txt": "not"}\n', "line 2"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": 7}\n', "line 2"),
+        ("a.jsonl", b"not json\n", "line 1"),
+        ("a.jsonl", b"[1, 2]\n", "line 1"),
+        ("a.txt.gz", b"not gzip", "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"cut off " * 10_000)[:-20], "cannot be read"),
+        ("a.pdf", b"%PDF", "no .txt"),
+        (None, b"", "no such file"),
+    ],
+)
+def test_a_bad_corpus_is_refused(tmp_path, name, content, word):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    shown = run("--input", tmp_path / (name or "nothing"), "--out", tmp_path / "out", "--vocab", 512)
+    assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+    assert {f.name for f in tmp_path.iterdir()} <= {name}
+
+
+def test_one_document_leaves_nothing_to_hold_out(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(sentences(400)))
+    shown = run("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab", 512, "--val_fraction", "1e-9")
+    assert shown.returncode == 2 and "--val" in shown.stderr and not (tmp_path / "out").exists()
+
+
+def copy_of(corpus, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in corpus.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def high_id(raw):
+    header = json.loads(raw[: data.HEADER])
+    tokens = np.frombuffer(raw[data.HEADER :], "<u2").copy()
+    tokens[7] = header["vocab"]
+    return raw[: data.HEADER] + tokens.tobytes()
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda raw: raw[:-2], "bytes long"),
+        (lambda raw: raw[:-1], "bytes long"),
+        (lambda raw: raw + b"\0\0", "bytes long"),
+        (lambda raw: raw[:100], "not a token shard"),
+        (lambda raw: b"", "not a token shard"),
+        (lambda raw: b"\x80" * len(raw), "not a token shard"),
+        (lambda raw: raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:], "SHA-256"),
+        (high_id, "SHA-256"),
+    ],
+)
+def test_a_damaged_shard_is_named(corpus, tmp_path, damage, word):
+    shard = copy_of(corpus, tmp_path) / "train_00000.bin"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=word) as error:
+        Corpus(shard.parent)
+    assert str(shard) in str(error.value)
+
+
+def test_ids_outside_the_vocabulary_are_found(tmp_path):
+    writer = data.ShardWriter(tmp_path, "train", 1000)
+    writer.write([5, 999, 7])
+    writer.close()
+    path = tmp_path / "train_00000.bin"
+    assert data.open_shard(path, writer.digests[0]).tolist() == [5, 999, 7]
+    path.write_bytes(path.read_bytes().replace(b'"vocab": 1000', b'"vocab": 999 '))
+    with pytest.raises(ValueError, match="999"):
+        data.open_shard(path, writer.digests[0])
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    writer = data.ShardWriter(tmp_path, "train", 256_000)
+    writer.write([255_999, 70_000])
+    writer.close()
+    assert data.open_shard(tmp_path / "train_00000.bin", writer.digests[0]).tolist() == [255_999, 70_000]
+
+
+@pytest.mark.parametrize("content", [b"", b"random bytes", None])
+def test_a_bad_tokenizer_is_refused(corpus, tmp_path, content):
+    folder = copy_of(corpus, tmp_path)
+    model = folder / "tokenizer.model"
+    model.write_bytes(model.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(ValueError, match="tokenizer.model"):
+        Corpus(folder)
+
+
+def test_another_tokenizer_is_refused(corpus, tmp_path, text):
+    folder = copy_of(corpus, tmp_path)
+    (folder / "tokenizer.model").write_bytes(data.train_tokenizer(((d, True) for d in text), 600))
+    with pytest.raises(ValueError, match="not the tokenizer"):
+        Corpus(folder)
+
+
+def test_an_existing_out_is_not_touched(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    shown = run("--input", ROOT / "README.md", "--out", tmp_path / "out")
+    assert shown.returncode == 2 and "--out" in shown.stderr
+
+
+def test_demo_shows_the_manual():
+    shown = run()
+    assert shown.returncode == 0 and "asked for" in shown.stdout
+    corpus = Corpus(data.prepared())
+    assert corpus.meta["train"]["tokens"] > 800_000 and corpus.meta["val"]["tokens"] > 30_000

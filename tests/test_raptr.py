@@ -1,0 +1,155 @@
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from conftest import ROOT
+from raptr import RaPTr, Stage, Subnetwork, mean_layers, stage_plan
+
+PINNED = {0, 11}
+
+
+def bert(stages=(6, 8, 10, 12), steps=4000, alpha=0.0, warmup=0, **more):
+    return RaPTr(stage_plan(stages, steps, 12, alpha, warmup), 12, PINNED, **more)
+
+
+def test_a_plan_by_hand():
+    assert stage_plan([6, 8, 10, 12], 800, 12) == [(1, 200, 6), (201, 400, 8), (401, 600, 10), (601, 800, 12)]
+    assert stage_plan([6, 8, 10, 12], 100, 12, alpha=1) == [(1, 10, 6), (11, 30, 8), (31, 60, 10), (61, 100, 12)]
+    assert stage_plan([6, 12], 100, 12, full_warmup=20) == [(1, 20, 12), (21, 60, 6), (61, 100, 12)]
+
+
+@pytest.mark.parametrize("steps", [10, 11, 97, 1000])
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_every_step_is_in_one_stage(steps, alpha, warmup):
+    plan = stage_plan([1, 2, 4], steps, 4, alpha, warmup)
+    assert [step for stage in plan for step in range(stage.start, stage.end + 1)] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(
+    "stages, layers, alpha, published",
+    [
+        ((6, 8, 10, 12), 12, 0, 1.333),
+        ((6, 8, 10, 12), 12, 1, 1.200),
+        ((6, 9, 12), 12, 0, 1.333),
+        ((6, 9, 12), 12, 1, 1.200),
+        ((3, 6, 9, 12), 12, 0, 1.600),
+        ((3, 6, 9, 12), 12, 1, 1.333),
+        ((12, 16, 20, 24), 24, 0, 1.333),
+        ((12, 16, 20, 24), 24, 1, 1.200),
+    ],
+)
+def test_relative_flops_are_the_published_ones(stages, layers, alpha, published):
+    for steps in (6000, 1_000_000):  # the long run is sampled
+        method = RaPTr(stage_plan(stages, steps, layers, alpha), layers, {0, layers - 1})
+        assert layers / mean_layers(method, steps) == pytest.approx(published, abs=6e-4)
+
+
+def test_exact_paths_have_the_stage_length_and_the_pinned_layers():
+    method = bert()
+    for step in range(1, 3001, 7):
+        kept = method.subnetwork(step).layers
+        assert len(kept) == [6, 8, 10][(step - 1) // 1000]
+        assert kept[0] == 0 and kept[-1] == 11 and list(kept) == sorted(set(kept))
+    assert method.subnetwork(3001) is None and method.subnetwork(4000) is None
+
+
+@pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
+def test_each_free_layer_is_kept_equally_often(sampling):
+    method = bert((6, 12), steps=40_000, sampling=sampling)
+    kept = Counter(layer for step in range(1, 20_001) for layer in method.subnetwork(step).layers)
+    assert kept[0] == kept[11] == 20_000
+    for layer in range(1, 11):  # p = (6 - 2) / (12 - 2) = 0.4; five standard deviations
+        assert abs(kept[layer] - 8000) < 5 * (20_000 * 0.4 * 0.6) ** 0.5
+
+
+def test_pairs_of_layers_are_not_tied_together():
+    method = bert((6, 12), steps=40_000)
+    together = Counter(pair for s in range(1, 20_001) for k in [method.subnetwork(s).layers] for pair in zip(k[1:-1], k[2:-1]))
+    pairs = sum(together[layer, layer + 1] for layer in range(1, 10))
+    assert abs(pairs / 9 / 20_000 - 4 / 10 * 3 / 9) < 0.005
+
+
+def test_bernoulli_lengths_vary_around_the_stage_length():
+    method = bert((6, 12), steps=8000, sampling="bernoulli")
+    lengths = [len(method.subnetwork(step).layers) for step in range(1, 4001)]
+    assert abs(sum(lengths) / 4000 - 6) < 0.12 and min(lengths) < 5 and max(lengths) > 7
+
+
+def test_a_fractional_length_is_met_on_average():
+    method = RaPTr([Stage(1, 8000, 6.25)], 12, PINNED)
+    lengths = Counter(len(method.subnetwork(step).layers) for step in range(1, 8001))
+    assert set(lengths) == {6, 7} and abs(lengths[7] / 8000 - 0.25) < 0.03
+
+
+def test_a_path_depends_on_seed_and_step_alone():
+    one, two, other = bert(seed=1), bert(seed=1), bert(seed=2)
+    backwards = {step: two.subnetwork(step) for step in reversed(range(1, 200))}
+    assert all(one.subnetwork(step) == backwards[step] for step in range(1, 200))
+    assert len({one.subnetwork(step) for step in range(1, 200)}) > 50
+    assert any(one.subnetwork(step) != other.subnetwork(step) for step in range(1, 10))
+
+
+def test_the_first_paths_never_change():  # a saved run must go on along the same paths with a later version
+    assert [bert(seed=0, steps=800).subnetwork(step).layers for step in (1, 2, 201)] == [
+        (0, 1, 3, 4, 7, 11),
+        (0, 1, 3, 5, 10, 11),
+        (0, 2, 4, 5, 6, 8, 10, 11),
+    ]
+
+
+def test_scaling_rules_by_hand():
+    kept = {}
+    for rule in ("none", "gap", "uniform", "inverse"):
+        method = bert((6, 12), scaling=rule)
+        kept[rule] = method.subnetwork(5)
+        assert method.subnetwork(4000) is None  # the full model is never scaled
+    layers = kept["none"].layers
+    assert kept["none"].scale is None
+    assert [round(s * s) for s in kept["gap"].scale] == [b - a for a, b in zip((-1, *layers), layers)]
+    assert sum(s * s for s in kept["gap"].scale) == pytest.approx(12)
+    assert kept["uniform"].scale == pytest.approx([2**0.5] * 6)
+    assert kept["inverse"].scale == pytest.approx([1] + [2.5] * 4 + [1])
+
+
+def test_any_set_can_be_fixed():
+    assert RaPTr([Stage(1, 9, 3)], 6, {2, 4, 5}).subnetwork(1) == Subnetwork((2, 4, 5))
+    assert RaPTr([Stage(1, 9, 0)], 6, set()).subnetwork(1) == Subnetwork(())
+
+
+def test_examples_do_not_depend_on_the_seed():
+    assert bert(seed=1).examples() == bert(seed=7).examples()
+    assert {k: {len(path.layers) for path in paths} for k, paths in bert().examples().items()} == {"6": {6}, "8": {8}, "10": {10}}
+
+
+@pytest.mark.parametrize(
+    "stages, steps, warmup, word",
+    [
+        ((8, 6, 12), 100, 0, "fall"),
+        ((6, 8), 100, 0, "12"),
+        ((6, 8, 13), 100, 0, "12"),
+        ((-1, 12), 100, 0, "--stages"),
+        ((6, 8, 10, 12), 3, 0, "too few"),
+        ((6, 12), 100, 100, "--full_warmup"),
+    ],
+)
+def test_bad_plans_are_refused(stages, steps, warmup, word):
+    with pytest.raises(ValueError, match=word):
+        stage_plan(stages, steps, 12, full_warmup=warmup)
+
+
+def test_bad_fixed_sets_are_refused():
+    with pytest.raises(ValueError, match="--fixed"):
+        RaPTr([Stage(1, 9, 12)], 12, {12})
+    with pytest.raises(ValueError, match="--fixed"):
+        RaPTr([Stage(1, 9, 1)], 12, {0, 11})
+
+
+def test_no_torch_and_a_demo():
+    subprocess.run([sys.executable, "-c", "import sys, raptr; assert 'torch' not in sys.modules"], check=True, cwd=ROOT)
+    shown = subprocess.run([sys.executable, "raptr.py"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "1.333x" in shown and shown.count("██") > 50
+    bad = subprocess.run([sys.executable, "raptr.py", "--stages", "8-6"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1

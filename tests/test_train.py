@@ -1,0 +1,341 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT
+from raptr import Subnetwork
+
+
+def go(flags, *more):
+    """Run train.py in this process."""
+    train.main(train.parse([*flags, *map(str, more)]))
+    return Path(flags[flags.index("--out") + 1])
+
+
+def events(run, kind=None):
+    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [e for e in found if kind in (None, e["event"])]
+
+
+def trajectory(run):
+    """What must not depend on interruptions, to the last digit."""
+    keep = ("step", "loss", "grad_norm", "lr", "stage", "layers", "tokens", "flops")
+    return [{k: e[k] for k in keep} for e in events(run, "step")]
+
+
+def weights(run):
+    return load_file(max(run.glob("step_*")) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(flags, *more):
+    return subprocess.run([sys.executable, "train.py", *flags, *map(str, more)], cwd=ROOT, capture_output=True, text=True)
+
+
+# ---- the run
+
+
+def test_it_learns_and_logs_what_was_promised(tiny):
+    run = go(tiny, "--lr", "5e-3", "--init_std", 0.125, "--steps", 300, "--eval_every", 80, "--eval_sequences", 64)
+    start, steps, evals = events(run, "run")[0], events(run, "step"), events(run, "eval")
+    done = events(run, "done")[0]
+    assert done["loss"] == evals[-1]["loss"] < start["unigram_loss"] - 0.3
+    assert [e["step"] for e in steps] == list(range(1, 301)) and [e["step"] for e in evals] == [80, 100, 160, 200, 240, 300]
+    assert [len(e["layers"]) for e in steps] == [2] * 100 + [3] * 100 + [4] * 100
+    assert start["relative_flops_layers"] == pytest.approx(4 / 3) and 1 < start["relative_flops_step"] < 4 / 3
+    assert steps[-1]["flops"] * start["relative_flops_step"] == pytest.approx(300 * (steps[-1]["flops"] - steps[-2]["flops"]))
+    assert steps[-1]["tokens"] == 300 * 8 * 32 and set(evals[0]["subnetworks"]) == {"2", "3"}
+    assert {"params", "data", "versions", "seed", "world_size"} <= set(start)
+    assert (run / "loss.png").stat().st_size > 5000
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    flags = "--method full --steps 100 --warmup 10 --lr 1 --min_lr 0.1"
+    linear, cosine, wsd = (train.parse([*flags.split(), "--lr_schedule", s]) for s in ("linear", "cosine", "wsd"))
+    for args in (linear, cosine, wsd):
+        assert [train.learning_rate(args, step) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+        assert train.learning_rate(args, 100) == pytest.approx(0.1)
+    assert train.learning_rate(linear, 55) == pytest.approx(0.55)
+    assert train.learning_rate(cosine, 55) == pytest.approx(0.55)
+    assert train.learning_rate(cosine, 25) > train.learning_rate(linear, 25)
+    assert [train.learning_rate(wsd, step) for step in (11, 79, 80, 90)] == pytest.approx([1, 1, 1, 0.55])
+
+
+@pytest.mark.parametrize("skipped_grad", ["none", "zero"])
+def test_a_skipped_layer_rests(tiny, skipped_grad):
+    run = go(tiny, "--steps", 7, "--save_every", 1, "--keep", 9, "--skipped_grad", skipped_grad, "--weight_decay", 0.1)
+    method = train.choose_method(train.parse([*tiny, "--steps", "7"]))
+    touched = 0
+    for step in range(2, 7):
+        before, after = (load_file(run / f"step_{s:08d}" / "model.safetensors") for s in (step - 1, step))
+        before_o, after_o = (load_file(run / f"step_{s:08d}" / "optimizer.safetensors") for s in (step - 1, step))
+        path = method.subnetwork(step)
+        kept = set(range(4)) if path is None else set(path.layers)
+        for name in before:
+            layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+            if layer is None or layer in kept:
+                assert not torch.equal(before[name], after[name]), name
+            elif skipped_grad == "none":
+                assert torch.equal(before[name], after[name])
+                for moment in ("step", "exp_avg", "exp_avg_sq"):
+                    assert torch.equal(before_o[f"{moment}.{name}"], after_o[f"{moment}.{name}"])
+            elif name.endswith("weight") and before_o[f"exp_avg.{name}"].any():
+                touched += not torch.equal(before[name], after[name])
+    assert touched if skipped_grad == "zero" else not touched
+
+
+def test_every_parameter_is_in_the_optimizer_once():
+    model = train.transformer.BERT(train.transformer.Config(layers=2, width=16, heads=2, mlp=32, vocab=100, seq=16))
+    optimizer = train.make_optimizer(model, train.parse(["--method", "full"]))
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (not ("norm" in name or name.endswith("bias") or name == "head.2.weight")), name
+
+
+def test_micro_batches_add_up(tiny, tmp_path):
+    whole = go(tiny, "--dropout", 0, "--dtype", "float32", "--out", tmp_path / "run")
+    trained = trajectory(whole)
+    parts = go([*tiny[:-1], str(tmp_path / "parts")], "--dropout", 0, "--dtype", "float32", "--micro_batch", 2)
+    for a, b in zip(trained, trajectory(parts)):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["layers"] == b["layers"]
+
+
+def test_constant_keeps_its_depth_to_the_end(tiny):
+    run = go(tiny, "--method", "constant", "--mean_depth", 3)
+    assert {len(e["layers"]) for e in events(run, "step")} == {3}
+    assert events(run, "run")[0]["relative_flops_layers"] == pytest.approx(4 / 3)
+
+
+def test_full_trains_everything(tiny):
+    run = go(tiny, "--method", "full")
+    assert all(e["layers"] == [0, 1, 2, 3] for e in events(run, "step")) and events(run, "eval")[0]["subnetworks"] == {}
+
+
+def test_init_takes_over_weights(tiny, tmp_path):
+    first = go(tiny)
+    second = go([*tiny[:-1], str(tmp_path / "second")], "--init", first, "--steps", 3, "--lr", "1e-12", "--weight_decay", 0)
+    for name, value in weights(first).items():
+        torch.testing.assert_close(weights(second)[name], value, atol=1e-9, rtol=0)
+
+
+# ---- continuing
+
+
+@pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
+def test_a_run_continues_exactly_from_any_step(tiny, sampling, tmp_path):
+    more = ["--sampling", sampling, "--dropout", 0.1, "--save_every", 1, "--keep", 99, "--eval_every", 5]
+    reference = go(tiny, *more)
+    expected, final = trajectory(reference), weights(reference)
+    for step in (1, 3, 4, 5, 8, 11):
+        for folder in reference.glob("step_*"):
+            if int(folder.name[5:]) > step:
+                shutil.rmtree(folder)
+        go(tiny, *more, "--eval_every", step)  # looking more or less often changes nothing
+        assert trajectory(reference) == expected and same(weights(reference), final)
+        assert [e["event"] for e in events(reference)].count("run") == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_continues(tiny, tmp_path, name):
+    flags = [*tiny, "--steps", "400"]
+    reference = go([*tiny[:-1], str(tmp_path / "reference")], "--steps", 400)
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "run"
+    while not (run / "log.jsonl").exists() or len(events_so_far(run)) < 20:
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    stderr = process.communicate()[1]
+    assert process.returncode == 75 and name in stderr
+    assert 10 < events(run)[-1]["step"] < 400
+    again = command(flags)
+    assert again.returncode == 0, again.stderr
+    assert trajectory(run) == trajectory(reference) and same(weights(run), weights(reference))
+
+
+def events_so_far(run):
+    return (run / "log.jsonl").read_text().splitlines()
+
+
+def test_a_finished_run_only_says_so(tiny, capsys):
+    run = go(tiny)
+    before = events(run)
+    capsys.readouterr()
+    go(tiny)
+    assert events(run) == before and "held-out loss" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_set_aside(tiny, capsys):
+    run = go(tiny, "--save_every", 4)
+    expected, final = trajectory(run), weights(run)
+    file = run / "step_00000012" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    go(tiny, "--save_every", 4)
+    assert trajectory(run) == expected and same(weights(run), final)
+    assert (run / "step_00000012.corrupt").exists() and "step_00000012" in capsys.readouterr().err
+
+
+def test_only_damaged_checkpoints_end_with_4(tiny):
+    run = go(tiny)
+    for file in run.glob("step_*/manifest.json"):
+        file.unlink()
+    for _ in range(2):  # the second start must not begin afresh either
+        shown = command(tiny)
+        assert shown.returncode == 4 and "step_00000012" in shown.stderr, shown.stderr
+
+
+def test_other_flags_are_refused_with_both_values(tiny):
+    run = go(tiny)
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    shown = command(tiny, "--lr", "0.123")
+    assert shown.returncode == 2 and "0.123" in shown.stderr and "0.002" in shown.stderr
+    assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+
+def test_two_runs_in_one_folder(tiny, tmp_path):
+    first = subprocess.Popen([sys.executable, "train.py", *tiny, "--steps", "100000"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.02)
+        shown = command([*tiny, "--steps", "100000"])
+        assert shown.returncode == 2 and "another process" in shown.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+# ---- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_ends_with_3(tiny, tmp_path):
+    shown = command(tiny, "--lr", "1e20", "--clip", 0, "--warmup", 0, "--save_every", 1, "--keep", 99)
+    assert shown.returncode == 3 and "step" in shown.stderr and "layers" in shown.stderr, shown.stderr
+    saved = sorted((tmp_path / "run").glob("step_*"))
+    assert all(torch.isfinite(t).all() for folder in saved for t in load_file(folder / "model.safetensors").values())
+
+
+BAD = """
+--layers 0 | --layers
+--layers x | --layers
+--layers 2.5 | --layers
+--steps -3 | --steps
+--lr nan | --lr
+--lr inf | --lr
+--lr 0 | --lr
+--width 65 | --heads
+--heads 3 | --heads
+--heads 64 --positions rotary | rotary
+--batch 6 --micro_batch 4 | --micro_batch
+--dropout 1 | --dropout
+--clip -1 | --clip
+--vocab 10 | --vocab
+--seq 4 | --seq
+--warmup 12 | --warmup
+--stages 2-1-4 | --stages
+--stages 2-3 | --stages
+--stages 2-3-5 | --stages
+--stages two-four | --stages
+--stages 1-4 | --fixed
+--fixed 0,9 | --fixed
+--fixed start | --fixed
+--full_warmup 12 | --full_warmup
+--alpha -1 | --alpha
+--method constant --mean_depth 9 | --mean_depth
+--method raptor | raptr
+--norm middle | --norm
+--layres 4 | --layers
+--unknown 4 | --unknown
+--seed -1 | --seed
+--keep 0 | --keep
+--eval_sequences 0 | --eval_sequences
+--data /nowhere | /nowhere
+--config /nowhere.toml | /nowhere.toml
+--init /nowhere | /nowhere
+"""
+
+
+@pytest.mark.parametrize("flags, word", [line.split(" | ") for line in BAD.strip().splitlines()])
+def test_a_bad_flag_is_one_sentence_and_nothing_is_created(tiny, tmp_path, flags, word, capsys):
+    if "/nowhere" in word and "toml" not in word:  # found only after torch is loaded
+        shown = command(tiny, *flags.split())
+        code, error = shown.returncode, shown.stderr
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            train.parse([*tiny, *flags.split()])
+        code, error = stopped.value.code, capsys.readouterr().err
+    assert code == 2 and word in error and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "toml, word",
+    [("layerz = 4", "layers"), ("layers = 'four'", "--layers"), ("layers = ", "p.toml"), ("[model]\nlayers = 4", "model")],
+)
+def test_a_bad_preset_is_refused(tmp_path, toml, word, capsys):
+    (tmp_path / "p.toml").write_text(toml)
+    with pytest.raises(SystemExit) as stopped:
+        train.parse(["--config", str(tmp_path / "p.toml")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and word in error and error.count("\n") == 1, error
+
+
+def test_a_flag_beats_the_preset(tmp_path):
+    (tmp_path / "p.toml").write_text('layers = 6\nmethod = "full"\ncompile = true')
+    args = train.parse(["--config", str(tmp_path / "p.toml"), "--layers", "8", "--no-compile"])
+    assert (args.layers, args.method, args.compile, args.mlp) == (8, "full", False, 4 * 768)
+
+
+@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
+def test_every_preset_is_good(preset):
+    flags = tomllib.loads((ROOT / "configs" / preset).read_text())
+    args = train.parse(["--config", f"configs/{preset}"])
+    assert all(getattr(args, name) == value for name, value in flags.items())
+
+
+def test_a_setting_that_is_ignored_earns_a_warning(capsys):
+    train.parse(["--method", "full", "--stages", "6-12", "--lr", "1e-3"])
+    assert "--stages" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu(tiny, tmp_path):
+    shown = command(tiny, "--device", "cuda")
+    assert shown.returncode == 2 and "--device" in shown.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tiny, tmp_path):
+    tmp_path.chmod(0o500)
+    shown = command(tiny)
+    tmp_path.chmod(0o700)
+    assert shown.returncode == 2 and "--out" in shown.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; sys.argv = ['train.py', '--help']; import runpy\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    code += "except SystemExit: assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--stages" in shown.stdout, shown.stderr
+
+
+def test_auto_stages_are_the_papers():
+    for layers, stages in ((12, [6, 8, 10, 12]), (24, [12, 16, 20, 24])):
+        method = train.choose_method(train.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
+        assert [stage.length for stage in method.plan] == stages
+        assert isinstance(method.subnetwork(1), Subnetwork) and math.isclose(method.expected_layers(1), stages[0])
