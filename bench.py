@@ -13,6 +13,8 @@ efficiency of a path = (time of a full step / time of its step) / (FLOPs of a fu
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
@@ -24,6 +26,7 @@ import torch
 
 import data
 import model as transformer
+import train
 from raptr import RaPTr, Stage
 
 
@@ -94,33 +97,61 @@ def bench_paths(args, config, report):
         report[f"efficiency_{k}_of_{L}"] = speed / ideal
 
 
-def bench_rival(args, config, report):
-    try:
-        import transformers
-    except ImportError:
-        return print("  rival: transformers is not installed (pip install transformers); not run")
-    ours = our_step(config, args.batch, args.dtype)
-    rivals = {}
-    tokens = torch.randint(data.SPECIAL, config.vocab, (args.batch, config.seq))
+def their_step(kind, config, size, dtype):
+    import transformers
+
+    theirs = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=config.padded_vocab, hidden_size=config.width, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, intermediate_size=config.mlp, max_position_embeddings=config.seq,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=kind,
+        )
+    )  # fmt: skip
+    tokens = torch.randint(data.SPECIAL, config.vocab, (size, config.seq))
     labels = torch.where(torch.rand(tokens.shape) < 0.15, tokens, -100)
-    for kind in ("sdpa", "eager"):
-        theirs = transformers.BertForMaskedLM(
-            transformers.BertConfig(
-                vocab_size=config.padded_vocab, hidden_size=config.width, num_hidden_layers=config.layers,
-                num_attention_heads=config.heads, intermediate_size=config.mlp, max_position_embeddings=config.seq,
-                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=kind,
-            )
-        )  # fmt: skip
-        rivals[kind] = trainer(theirs, lambda theirs=theirs: theirs(input_ids=tokens, labels=labels).loss, args.dtype)
-    times = interleaved({"ours": lambda: ours(None), **rivals}, args.rounds)
+    return trainer(theirs, lambda: theirs(input_ids=tokens, labels=labels).loss, dtype)
+
+
+def worker(args, config):
+    """One program of the comparison below, in a process of its own: takes a step for every line it reads."""
+    if args.worker.startswith("ours") or args.worker.endswith("steady memory"):
+        train.steady_memory()
+    if args.worker.startswith("ours"):
+        ours = our_step(config, args.batch, args.dtype, args.worker == "ours, compiled")
+        step = lambda: ours(None)  # noqa: E731
+    else:
+        step = their_step(args.worker.split(",")[0], config, args.batch, args.dtype)
+    for _ in sys.stdin:
+        step()
+        print("done", flush=True)
+
+
+def bench_rival(args, config, report):
+    if not importlib.util.find_spec("transformers"):
+        return print("  rival: transformers is not installed (pip install transformers); not run")
+    names = ["ours", "ours, compiled", "sdpa", "eager", "sdpa, steady memory", "eager, steady memory"]
+    workers = {}
+    for name in names:
+        command = [sys.executable, *sys.argv, "--worker", name]
+        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(process):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+
+    times = interleaved({name: lambda process=process: ask(process) for name, process in workers.items()}, args.rounds)
+    for process in workers.values():
+        process.communicate()
     per_step = args.batch * config.seq
-    fastest = min(rivals, key=lambda kind: median(times[kind]))
-    print(f"  full step against transformers {transformers.__version__} BertForMaskedLM, {args.dtype}")
-    for name, seconds in times.items():
-        print(f"    {name:6} {per_step / median(seconds):8,.0f} tokens/s")
-    ratio = median([b / a for a, b in zip(times["ours"], times[fastest])])
-    print(f"    ours is {ratio:.2f} times as fast as its fastest ({fastest})")
-    report["times_transformers"] = ratio
+    fastest = min(("sdpa", "eager"), key=lambda name: median(times[name]))
+    print(f"  full step against transformers {importlib.metadata.version('transformers')} BertForMaskedLM, {args.dtype},")
+    print("  each in a process of its own, in turn; `steady memory` lends them the malloc setting that train.py makes")
+    for name in names:
+        ratio = median([b / a for a, b in zip(times[name], times[fastest])])
+        speed = per_step / median(times[name])
+        print(f"    {name:20} {speed:8,.0f} tokens/s   {ratio:5.2f} times its fastest ({fastest})")
+        report[f"times_transformers_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
 
 
 def bench_data(args, config, report):
@@ -166,9 +197,13 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     config = transformer.Config(args.layers, args.width, args.heads, 4 * args.width, args.seq, args.vocab, 0.0)
+    if args.worker:
+        return worker(args, config)
+    train.steady_memory()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     shape = f"{config.layers} x {config.width}, sequence {config.seq}, batch {args.batch}"
     print(f"\n  {machine}; {shape}; medians of {args.rounds} rounds\n")
