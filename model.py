@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from raptr import Subnetwork
+
 
 @dataclass(frozen=True)
 class Config:
@@ -115,7 +117,9 @@ class PostBlock(Block):
 
 
 class BERT(nn.Module):
-    def __init__(self, config):
+    """seed: of the initial weights. Models of one seed that differ in depth begin with the same draws where both have a layer."""
+
+    def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
         C, V = config.width, config.padded_vocab
@@ -123,7 +127,6 @@ class BERT(nn.Module):
         self.tokens = nn.Embedding(V, C)
         self.positions = nn.Embedding(config.seq, C) if config.positions == "learned" else None
         self.embedding_norm = nn.LayerNorm(C)
-        self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))
         self.final_norm = nn.Identity() if post else nn.LayerNorm(C)
         self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # then the tied token embedding
         self.bias = nn.Parameter(torch.zeros(V))
@@ -133,13 +136,15 @@ class BERT(nn.Module):
             cos, sin = rotary(config.seq, C // config.heads)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.apply(self._init)
+        self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))  # drawn last
+        generator = torch.Generator().manual_seed(seed)
+        self.apply(lambda module: self.init(module, generator))
 
-    def _init(self, module):
+    def init(self, module, generator):
         """Matrices normal, biases zero, norms one. In a pre-LN stack 2L updates add up on one stream, so what writes to it
         begins smaller by sqrt(2L), as in GPT-2; the original, post-LN BERT has no such rule."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
+            nn.init.normal_(module.weight, std=self.config.init_std, generator=generator)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         if isinstance(module, Block) and self.config.norm == "pre":  # comes after its parts
@@ -155,13 +160,22 @@ class BERT(nn.Module):
         x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
         rotation = (self.cos[:T], self.sin[:T]) if self.positions is None else None
 
-        kept = range(len(self.blocks)) if subnetwork is None else subnetwork.layers
+        subnetwork = subnetwork or Subnetwork(tuple(range(len(self.blocks))))
+        kept, frozen, rows = subnetwork.layers, subnetwork.frozen, subnetwork.rows or [None] * len(subnetwork.layers)
         scales = [None] * len(kept)
-        if subnetwork is not None and subnetwork.scale is not None:
+        if subnetwork.scale is not None:
             scales = torch.tensor(subnetwork.scale, device=x.device).unbind()  # tensors: a float would recompile
-        for layer, scale in zip(kept, scales, strict=True):
-            x = self.blocks[layer](x, scale, rotation)  # a layer not named here is bypassed: its input is its output
+        for i, layer in enumerate(kept):  # a layer not named here is bypassed: its input is its output
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= frozen):
+                x = self.run(self.blocks[layer], x, scales[i], rotation, rows[i])
         return self.final_norm(x)
+
+    def run(self, block, x, scale, rotation, rows):
+        """One block, on all sequences or (rows) on some of them; the others pass by."""
+        if rows is None:
+            return block(x, scale, rotation)
+        rows = torch.tensor(rows, device=x.device)
+        return x.index_copy(0, rows, block(x[rows], scale, rotation))
 
     def forward(self, tokens, masked, subnetwork=None):
         """Logits (B, M, V padded) at the masked positions (B, M) of token ids (B, T): the head runs nowhere else."""
@@ -189,8 +203,8 @@ def parameters(config):
 def flops(config, sequences, masked, layers=None):
     """FLOPs of one training step (forward and backward) on `sequences` sequences with `masked` targets in each.
 
-    layers: how many layers run, all by default; may be a fraction, for a mean. Counted are all matrix products,
-    attention and head included, at 2 FLOPs per multiply-add; the backward pass is twice the forward.
+    layers: how many layers run (`Subnetwork.cost`), all by default; may be a fraction, for a mean. Counted are all
+    matrix products, attention and head included, at 2 FLOPs per multiply-add; the backward pass is twice the forward.
     """
     C, T = config.width, config.seq
     layer = 2 * T * (4 * C * C + 2 * C * config.mlp) + 2 * T * T * 2 * C  # projections and MLP; scores and their use

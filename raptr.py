@@ -25,10 +25,29 @@ class Subnetwork:
 
     layers: indices of the kept layers, rising; an empty tuple means no layer at all.
     scale: one multiplier per kept layer, applied once to the block's whole update; None means 1 for each.
+    rows: for each kept layer the sequences of the batch it runs on; None means all of them.
+    frozen: how many of the kept layers, from the bottom, run without being trained (and the embedding below them).
     """
 
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
+    rows: tuple[tuple[int, ...], ...] | None = None
+    frozen: int = 0
+
+    def cost(self, batch):
+        """FLOPs of the layers, in units of one trained layer on a batch of `batch` sequences. A frozen layer has no
+        backward pass, which is two thirds of the work."""
+        ran = len(self.layers) if self.rows is None else sum(map(len, self.rows)) / batch
+        return ran - 2 / 3 * self.frozen
+
+    def micro_batch(self, start, stop):
+        """The same subnetwork for sequences start .. stop - 1 of the batch."""
+        if self.rows is None:
+            return self
+        rows = [tuple(row - start for row in kept if start <= row < stop) for kept in self.rows]
+        used = [i for i, kept in enumerate(rows) if kept]
+        scale = self.scale and tuple(self.scale[i] for i in used)
+        return Subnetwork(tuple(self.layers[i] for i in used), scale, tuple(rows[i] for i in used))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ text (data.py). Every flag: python train.py --help
 import argparse
 import difflib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -21,7 +22,9 @@ import time
 import tomllib
 from pathlib import Path
 
-from raptr import Full, RaPTr, mean_layers, stage_plan
+import methods
+import stacking
+from raptr import mean_layers
 
 # ----------------------------------------------------------------------------------------------------------------
 # Flags
@@ -64,7 +67,7 @@ def flags():
 
     def flag(name, type, default, help, choices=None):
         names = "|".join(choices) if choices else {count: "N", natural: "N", str: "S"}.get(type, "X")
-        shown = f" [{default}]" if default not in ("", None) else ""
+        shown = f" [{default:g}]" if isinstance(default, float) else f" [{default}]" if default not in ("", None) else ""
         group.add_argument(f"--{name}", type=type, default=default, choices=choices, metavar=names, help=help + shown)
 
     def switch(name, help):
@@ -79,16 +82,36 @@ def flags():
     flag("steps", count, 1_000_000, "optimizer steps")
 
     group = parser.add_argument_group("method: which part trains at a step")
-    flag("method", str, "raptr", "who decides", choices=["full", "raptr", "constant"])
-    flag("stages", str, "auto", "mean layers per stage, like 6-8-10-12; auto: from half to all of the layers in four")
-    flag("alpha", nonnegative, 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
+    flag("method", str, "raptr", "who decides", choices=methods.NAMES)
+    flag("stages", str, "auto", "layers per stage, like 6-8-10-12; auto: stages at 3/4 of the cost, as published")
+    flag("alpha", number(float, "a number", lambda x: True), 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
     flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
-    flag("mean_depth", positive, None, "constant: mean layers at a step; default 3/4 of them")
+    flag("mean_depth", positive, None, "mean layers a step; settles constant, pld, layerdrop, decreasing, jump")
+    flag("skipped_grad", str, "none", "gradient of a skipped layer: none leaves it alone, zero lets its moments decay and "
+         "its weights follow them", choices=["none", "zero"])  # fmt: skip
+
+    group = parser.add_argument_group("raptr, constant")
     flag("fixed", str, "first,last", "layers always kept: numbers from 0, first, last, or none")
     flag("sampling", str, "exact", "layers in a step: exactly k, or k on average", choices=["exact", "bernoulli"])
     flag("scaling", str, "none", "of the kept layers' updates", choices=["none", "gap", "uniform", "inverse"])
-    flag("skipped_grad", str, "none", "gradient of a skipped layer: none leaves it alone, zero lets its moments decay and "
-         "its weights follow them", choices=["none", "zero"])  # fmt: skip
+
+    group = parser.add_argument_group("pld, layerdrop, decreasing, ramp (where --mean_depth is not given)")
+    flag("theta_bar", share, 0.5, "pld: keep probability that theta(t) falls to")
+    flag("gamma", nonnegative, 0.0, "pld: how fast it falls, per step; 0: 100 / steps")
+    flag("drop_rate", share, 0.2, "layerdrop: the rate")
+    flag("p_max", number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1), 1.0, "decreasing: drop rate of the last layer")
+    flag("drop_time", str, "line", "decreasing: falls on a line, or with --stages", choices=["line", "staircase"])
+    flag("drop_depth", str, "linear", "decreasing: rises with depth, or not, ends pinned", choices=["linear", "uniform"])
+    flag("drop_gate", str, "sequence", "decreasing: one draw per", choices=["sequence", "batch"])
+    flag("drop_scale", str, "inverse", "decreasing: kept updates times 1/p, or not", choices=["inverse", "none"])
+    flag("ramp_share", number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1), 0.25, "ramp: share of steps it takes")
+
+    group = parser.add_argument_group("stacking, progressive, midas, mslt, jump")
+    flag("moments", str, "copy", "optimizer moments at a growth", choices=["copy", "reset"])
+    flag("growth_warmup", natural, 0, "steps of linear warm-up after each growth")
+    flag("jump_from", count, 3, "jump: layers before it")
+    flag("jump_at", share, 1 / 3, "jump: when, as a share of the steps")
+    flag("jump_init", str, "copy", "jump: new layers repeat the old, or are fresh", choices=["copy", "fresh"])
 
     group = parser.add_argument_group("model")
     flag("layers", count, 12, "transformer blocks")
@@ -152,12 +175,6 @@ def nearest(name, known):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# Flags that only some methods read; giving one to another method earns a warning.
-STAGED = {"stages", "alpha", "full_warmup"}
-DRAWN = {"fixed", "sampling", "scaling"}
-READS = {"full": set(), "raptr": STAGED | DRAWN, "constant": {"mean_depth"} | DRAWN}
-
-
 def parse(argv):
     """Checked flags. Exits with code 2 and one sentence if something is wrong; nothing has been created by then."""
     parser = flags()
@@ -183,43 +200,20 @@ def parse(argv):
             raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch {args.micro_batch}")
         if args.warmup >= args.steps:
             raise ValueError(f"--warmup {args.warmup:g} must be below --steps {args.steps}")
-        choose_method(args)
+        methods.choose(args)
     except ValueError as error:
         parser.error(str(error))
     given = {argument.split("=")[0].removeprefix("--") for argument in argv}
-    for name in sorted(given & (set.union(*READS.values()) - READS[args.method])):
+    for name in sorted(given & (set.union(*methods.READS.values()) - methods.READS[args.method])):
         print(f"warning: --method {args.method} ignores --{name}", file=sys.stderr)
     return args
 
 
-def choose_method(args):
-    """The object that answers subnetwork(step). ValueError for a plan that does not fit."""
-    L = args.layers
-    words = {"first": 0, "last": L - 1}
-    try:
-        fixed = {words[w] if w in words else int(w) for w in args.fixed.split(",") if w != "none"}
-    except ValueError:
-        raise ValueError(f"--fixed {args.fixed}: name layers by number, first, last, or none, with commas") from None
-    if args.method == "full":
-        return Full(L)
-    if args.method == "constant":
-        plan = stage_plan([L], args.steps, L)
-        k = args.mean_depth or 0.75 * L
-        if k > L:
-            raise ValueError(f"--mean_depth {k:g}: there are only {L} layers (--layers)")
-        plan = [plan[0]._replace(length=k)]
-    else:
-        stages = args.stages if args.stages != "auto" else "-".join(str(round(L * s / 6)) for s in (3, 4, 5, 6))
-        try:
-            lengths = [float(k) for k in stages.split("-")]
-        except ValueError:
-            raise ValueError(f"--stages {stages}: give layers per stage like 6-8-10-12") from None
-        plan = stage_plan(lengths, args.steps, L, args.alpha, args.full_warmup)
-    return RaPTr(plan, L, fixed, args.sampling, args.scaling, args.seed)
-
-
-def learning_rate(args, step):
-    """Learning rate of a step (from 1): linear warm-up, then the schedule, ending at --min_lr at the last step."""
+def learning_rate(args, step, since_growth=math.inf):
+    """Learning rate of a step (from 1): linear warm-up, then the schedule, ending at --min_lr at the last step.
+    since_growth: steps since the network grew, the growth's own step being 1."""
+    if since_growth < args.growth_warmup:
+        return since_growth / args.growth_warmup * learning_rate(args, step)
     warmup = args.warmup if args.warmup >= 1 else args.warmup * args.steps
     if step < warmup:
         return args.lr * step / warmup
@@ -231,6 +225,14 @@ def learning_rate(args, step):
     else:
         left = 1 - done
     return args.lr * (args.min_lr + (1 - args.min_lr) * left)
+
+
+def since_growth(method, step):
+    """Steps since the network last grew (its first step after that is 1), infinite if it has not."""
+    stage = method.stage(step)
+    if not isinstance(method, stacking.Stacking) or stage == 0 or method.depths()[stage] <= method.depths()[stage - 1]:
+        return math.inf
+    return step - method.plan[stage].start + 1
 
 
 ARGS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before torch: a wrong flag and --help answer at once
@@ -289,6 +291,29 @@ def state(model, optimizer):
     return {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": moments}
 
 
+def resize(model, depth):
+    """Give the model `depth` new blocks on its device; their weights are for the caller to fill."""
+    with torch.device(model.bias.device):
+        model.blocks = torch.nn.ModuleList(type(model.blocks[0])(model.config) for _ in range(depth))
+
+
+def grow(model, optimizer, sources, initial, args):
+    """Rebuild model and optimizer with one block per entry of `sources` (stacking.py). Returns the new optimizer, which holds
+    every parameter of the model as it is now. initial: the weights of fresh layers."""
+    tensors = state(model, optimizer)
+    resize(model, len(sources))
+    load_weights(model, stacking.grow(tensors["model"], sources, initial), "growth")
+    optimizer = make_optimizer(model, args)
+    if args.moments == "copy":
+        load_moments(model, optimizer, stacking.grow(tensors["optimizer"], sources))
+    return optimizer
+
+
+def compile_blocks(model):
+    for block in model.blocks:
+        block.compile()
+
+
 @torch.no_grad()
 def evaluate(model, batch, subnetworks, size, autocast):
     """Mean loss (nats) on a fixed batch (tokens, masked, targets). Of several subnetworks each gets an equal share of it."""
@@ -314,14 +339,11 @@ def load_weights(model, tensors, where):
             p.copy_(tensors[name])
 
 
-def restore(saved, model, optimizer):
-    """Put a checkpoint back into model and optimizer: (step, FLOPs so far, seconds so far)."""
-    tensors, meta = saved
-    load_weights(model, tensors["model"], "the checkpoint")
+def load_moments(model, optimizer, tensors):
+    """Copy AdamW's state, named as `state` names it, into an optimizer."""
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
-            value.copy_(tensors["optimizer"][f"{key}.{name}"])
-    return meta["step"], meta["flops"], meta["seconds"]
+            value.copy_(tensors[f"{key}.{name}"])
 
 
 def open_log(run, step):
@@ -356,18 +378,9 @@ def main(args):
     corpus = data.Corpus(data.prepared(args.data, args.vocab))
     corpus.count("train", args.seq)
     fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq)]
-    method = choose_method(args)
+    method = methods.choose(args)
     examples = method.examples()
-
-    # --- model and optimizer -------------------------------------------------------------------------------------
-    torch.manual_seed(args.seed)
-    names = transformer.Config.__dataclass_fields__
-    config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
-    model = transformer.BERT(config).to(device)
-    optimizer = make_optimizer(model, args)
-    if args.compile:
-        for block in model.blocks:
-            block.compile()
+    depth = getattr(method, "depth", lambda step: args.layers)
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     run = Path(args.out)
@@ -389,12 +402,26 @@ def main(args):
                 raise ValueError(f"--out {run}: this run began with --{name} {then}, not {now}; choose another --out")
     else:
         (run / "config.json").write_text(json.dumps(flags_now, indent=1))
-    saved, step, flops, seconds = checkpoint.load_newest(run, device), 0, 0, 0.0
-    if saved:
-        step, flops, seconds = restore(saved, model, optimizer)
-    elif args.init:
-        tensors, _ = checkpoint.load_newest(args.init, device)
-        load_weights(model, tensors["model"], args.init)
+    tensors, meta = checkpoint.load_newest(run, device) or (None, {"step": 0, "flops": 0, "seconds": 0.0})
+    step, flops, seconds = meta["step"], meta["flops"], meta["seconds"]
+
+    # --- model and optimizer -------------------------------------------------------------------------------------
+    names = transformer.Config.__dataclass_fields__
+    config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
+    model = transformer.BERT(config, args.seed).to(device)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if args.method == "jump" else None
+    model.blocks = model.blocks[: depth(max(1, step))]
+    if args.init and step == 0:
+        load_weights(model, checkpoint.load_newest(args.init, device)[0]["model"], args.init)
+    elif step:
+        load_weights(model, tensors["model"], "the checkpoint")
+    optimizer = make_optimizer(model, args)
+    if step:
+        load_moments(model, optimizer, tensors["optimizer"])
+    if args.compile:
+        compile_blocks(model)
+
+    # --- log -------------------------------------------------------------------------------------------------------
     log, earlier = open_log(run, step)
     if earlier and earlier[-1]["event"] == "done":
         return report.summarize(run)
@@ -409,12 +436,12 @@ def main(args):
         checkpoint.save(run, step, state(model, optimizer), meta, args.keep)
 
     slots = fixed[1].shape[1]  # masked positions per sequence
-    price = [transformer.flops(config, args.batch, slots, k) for k in range(args.layers + 1)]  # of a step with k layers
+    price = functools.partial(transformer.flops, config, args.batch, slots)  # of a step, by its layers
     mean = mean_layers(method, args.steps)
     if step == 0:
         record(
             "run", params=sum(p.numel() for p in model.parameters()), relative_flops_layers=args.layers / mean,
-            relative_flops_step=price[-1] / transformer.flops(config, args.batch, slots, mean),
+            relative_flops_step=price() / price(mean),
             unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, world_size=1, device=device,
             dtype=str(dtype), threads=torch.get_num_threads(),
             data={"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
@@ -432,37 +459,51 @@ def main(args):
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
-    weights = list(model.parameters())
     bar = tqdm(total=args.steps, initial=step, unit=" steps", disable=None, dynamic_ncols=True)
     while step < args.steps:
         step += 1
+        if depth(step) != len(model.blocks):
+            before, n, began = evaluate(model, fixed, [None], args.micro_batch, autocast), len(model.blocks), time.perf_counter()
+            sources = method.sources(n, depth(step))
+            optimizer = grow(model, optimizer, sources, initial, args)
+            if args.compile:
+                compile_blocks(model)
+            took = time.perf_counter() - began
+            after = evaluate(model, fixed, [None], args.micro_batch, autocast)
+            record("grow", step=step, depth_before=n, depth=len(sources), sources=sources, loss_before=before,
+                   loss_after=after, seconds=took)  # fmt: skip
+            bar.write(
+                f"step {step:>6}  from {n} to {len(sources)} layers: held-out loss {before:.3f} to {after:.3f}", file=sys.stderr
+            )
+
         began = time.perf_counter()
         subnetwork = method.subnetwork(step)
-        kept = list(range(args.layers)) if subnetwork is None else list(subnetwork.layers)
+        kept = list(range(len(model.blocks))) if subnetwork is None else list(subnetwork.layers)
         batch = corpus.batch(args.seed, step, args.batch, args.seq)
         targets = int((batch[2] != data.NO_TARGET).sum())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+            group["lr"] = learning_rate(args, step, since_growth(method, step))
 
         loss = 0.0
         for start in range(0, args.batch, args.micro_batch):
             part = [torch.from_numpy(rows[start : start + args.micro_batch]).to(device) for rows in batch]
             torch.manual_seed(int(data.rng(args.seed, "dropout", step).integers(1 << 62)) + start)
             with autocast:
-                part_loss = model.loss(part, subnetwork) / targets
+                part_loss = model.loss(part, subnetwork and subnetwork.micro_batch(start, start + args.micro_batch)) / targets
             part_loss.backward()
             loss += part_loss.item()
         if args.skipped_grad == "zero":
-            for p in weights:
+            for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Stop(3, f"step {step}, layers {kept}: loss {loss}, gradient norm {norm}; nothing was updated or saved")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         took = time.perf_counter() - began
-        flops, seconds = flops + price[len(kept)], seconds + took
+        cost = len(kept) if subnetwork is None else subnetwork.cost(args.batch)
+        flops, seconds = flops + round(price(cost)), seconds + took
         record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
                layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took)  # fmt: skip
         speed = args.batch * args.seq / took

@@ -1,0 +1,374 @@
+"""The comparison: every method under one budget, several seeds, paired differences, a table and figures.
+
+    python compare.py --methods full,full_flops,raptr,stacking --seeds 3            at 1.333x, the paper's budget
+    python compare.py --methods all --seeds 5 --budget 1.333 --name toy --jobs 2    flags of train.py may follow
+    python compare.py --budget 1.2,1.333,2,3 --lr 1e-3,2e-3,4e-3                    budgets swept, learning rates tuned
+
+A budget is how many times the layer FLOPs of the method full training of as many steps would cost. From it every
+arm's schedule follows, and is printed before anything runs. In one seed all arms start from the same weights, see the
+same batches and are evaluated on the same held-out tokens, so differences between arms are paired.
+
+    full            all layers, all steps                     shallow         fewer layers from start to end, all steps
+    full_flops      all layers, fewer steps, own schedule     shallow_flops   those layers, more steps: the FLOPs of full
+    ramp            costs what full costs; all others         any name of --method at the budget
+
+A second start skips what is finished and continues what was cut off. Runs go to out/compare/, results to results/NAME/.
+"""
+
+import argparse
+import json
+import math
+import os
+import queue
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import methods
+import train
+from raptr import mean_layers
+from report import read_log
+
+ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], "shallow", "shallow_flops"]
+TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never reported
+
+# ----------------------------------------------------------------------------------------------------------------
+# From a budget to schedules
+
+
+def solve_alpha(args, mean):
+    """The alpha that gives the staged method of `args` `mean` layers a step; None if there is none."""
+
+    def mean_at(alpha):
+        try:
+            return mean_layers(methods.choose(argparse.Namespace(**{**vars(args), "alpha": alpha, "steps": 100_000})), 100_000)
+        except ValueError:  # a stage has become too short for a step
+            return math.inf if alpha > 0 else -math.inf
+
+    low, high = -8.0, 8.0
+    if not mean_at(low) < mean < mean_at(high):
+        return None
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_at(middle) < mean else (low, middle)
+    return round((low + high) / 2, 4) + 0.0
+
+
+def schedule(arm, base, budget):
+    """Flags of train.py that make an arm cost 1 / budget of full training's layer FLOPs. ValueError if it cannot.
+    base: the flags of full training, parsed."""
+    L, T, K = base.layers, base.steps, base.layers / budget
+    K = round(K) if abs(K - round(K)) < 0.01 else K  # 1.333 means 4/3
+    if arm == "full":
+        return ["--method=full"]
+    if arm == "full_flops":
+        return ["--method=full", f"--steps={round(T * K / L)}"]
+    if arm in ("shallow", "shallow_flops"):
+        if K != int(K):
+            raise ValueError(f"{K:.2f} is not a whole number of layers")
+        return ["--method=full", f"--layers={K}"] + [f"--steps={round(T * L / K)}"] * (arm == "shallow_flops")
+    if arm == "ramp":
+        return ["--method=ramp"]
+    if arm not in methods.AUTO and arm != "raptr":
+        flags = [f"--method={arm}", f"--mean_depth={K:g}"]
+        methods.choose(argparse.Namespace(**{**vars(base), "method": arm, "mean_depth": K}))  # ValueError if it cannot
+        return flags
+    deeper = [round(L * s / 4) for s in (1, 2, 3, 4)] + [L] * (arm == "mslt")
+    for lengths in (methods.stages(argparse.Namespace(**{**vars(base), "method": arm, "stages": "auto"})), deeper):
+        stages = "-".join(str(k) for k in lengths)
+        alpha = solve_alpha(argparse.Namespace(**{**vars(base), "method": arm, "stages": stages}), K)
+        if alpha is not None and (alpha >= -1e-3 or lengths is deeper or arm == "progressive"):
+            alpha = 0.0 if abs(alpha) < 1e-3 else alpha
+            return [f"--method={arm}", f"--stages={stages}", f"--alpha={alpha:g}"]
+    raise ValueError(f"no schedule of it has {K:g} layers a step")
+
+
+def shown(flags):
+    """A schedule as a person reads it: the flags without the method's name."""
+    return " ".join(flag.removeprefix("--").replace("=", " ") for flag in flags if not flag.startswith("--method")) or "-"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_all(jobs, devices, count):
+    """Run [(folder, flags), ...], `count` at a time, one GPU each where there are some; what is finished returns at once."""
+    free = queue.Queue()
+    for slot in range(count):
+        free.put(devices[slot % len(devices)] if devices else None)
+
+    def one(job):
+        folder, flags = job
+        if not finished(folder):
+            device = free.get()
+            env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if device is not None else {})
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, f"--out={folder}"]
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            free.put(device)
+            if done.returncode:
+                raise RuntimeError(f"{folder}: train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        print(f"  {folder.parent.name}/{folder.name}: {read_log(folder)[-1]['loss']:.4f}", flush=True)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(one, jobs))
+
+
+def finished(folder):
+    return (folder / "log.jsonl").exists() and [e["event"] for e in read_log(folder)[-1:]] == ["done"]
+
+
+def summary(folder, arm, seed):
+    """One run as one object, everything but its single steps: what results/ keeps."""
+    events = read_log(folder)
+    steps = [e for e in events if e["event"] == "step"]
+    kept = [e for e in events if e["event"] != "step"]
+    strip = [steps[i * len(steps) // 100]["layers"] for i in range(100)] if len(steps) > 100 else [e["layers"] for e in steps]
+    return {"arm": arm, "seed": seed, "seconds": math.fsum(e["seconds"] for e in steps), "strip": strip, "events": kept}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading the numbers
+
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def interval(values):
+    """(mean, half width of its 95% interval by Student's t), nan for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return statistics.mean(values), math.nan
+    t = T_95[n - 2] if n - 2 < len(T_95) else 2.0
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def event(run, name):
+    return next(e for e in run["events"] if e["event"] == name)
+
+
+def paired(runs, arm, other, value):
+    """Per seed: value(run of arm, run of other), for the seeds that both have."""
+    by = {(run["arm"], run["seed"]): run for run in runs}
+    seeds = sorted(seed for name, seed in by if name == arm and (other, seed) in by)
+    return [value(by[arm, seed], by[other, seed]) for seed in seeds]
+
+
+def loss(run):
+    return event(run, "done")["loss"]
+
+
+def rows(runs, flags):
+    """One row of the table per arm, best first."""
+    table = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        losses = [loss(run) for run in own]
+        row = {"arm": arm, "schedule": shown(flags[arm]), "n": len(own), "loss": statistics.mean(losses)}
+        row["std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
+        full = [run for run in runs if run["arm"] == "full"]
+        if full:
+            steps = event(own[0], "done")["step"] / event(full[0], "done")["step"]
+            depth = event(own[0], "run")["flags"]["layers"] / event(full[0], "run")["flags"]["layers"]
+            row["relative_flops_layers"] = event(own[0], "run")["relative_flops_layers"] / steps / depth
+            row["relative_flops_step"] = event(full[0], "done")["flops"] / event(own[0], "done")["flops"]
+            row["speed_up"] = statistics.mean(paired(runs, arm, "full", lambda a, b: b["seconds"] / a["seconds"]))
+        for other in ("full", "full_flops"):
+            differences = paired(runs, arm, other, lambda a, b: loss(a) - loss(b))
+            row[f"minus_{other}"] = interval(differences) if differences and arm != other else None
+        table.append(row)
+    return sorted(table, key=lambda row: row["loss"])
+
+
+def jumps(runs):
+    """Held-out loss just before and after each stage change or growth, mean over seeds: [(arm, change, before, after, n)].
+    RaPTr's weights do not change there; what changes is the length of the path they are run on."""
+    found = {}
+    for run in runs:
+        for e in run["events"]:
+            if e["event"] == "grow":
+                found.setdefault((run["arm"], f"{e['depth_before']} to {e['depth']} layers"), []).append(
+                    (e["loss_before"], e["loss_after"])
+                )
+        if run["arm"] == "raptr":
+            flags = argparse.Namespace(**event(run, "run")["flags"])
+            plan = methods.choose(flags).plan
+            for a, b in zip(plan, plan[1:]):
+                at = next(e for e in run["events"] if e["event"] == "eval" and e["step"] == a.end)
+                before, after = (at["subnetworks"].get(f"{stage.length:g}", at["loss"]) for stage in (a, b))
+                found.setdefault(("raptr", f"{a.length:g} to {b.length:g} layers"), []).append((before, after))
+    return [(arm, change, *map(statistics.mean, zip(*pairs)), len(pairs)) for (arm, change), pairs in found.items()]
+
+
+def markdown(title, table, changes, runs):
+    def number(pair):
+        return "" if pair is None else f"{pair[0]:+.3f} ± {pair[1]:.3f}"
+
+    lines = [f"# {title}", ""]
+    first = event(runs[0], "run")
+    lines += [
+        f"Text: {first['data']['source']}, fingerprint {first['data']['fingerprint']}. torch {first['versions']['torch']}, "
+    ]
+    lines[-1] += f"{first['device']}, {first['dtype']}. Predicting by frequency: {first['unigram_loss']:.3f} nats."
+    lines += ["Differences are paired by seed: mean ± 95% interval (Student's t); below 0 is better than the other.", ""]
+    lines += ["| arm | schedule | layer FLOPs | all FLOPs | time | held-out loss | minus full | minus full at equal FLOPs |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in table:
+        ratios = [
+            f"{row[key]:.3f}x" if key in row else "" for key in ("relative_flops_layers", "relative_flops_step", "speed_up")
+        ]
+        result = f"{row['loss']:.4f} ± {row['std']:.4f} ({row['n']})"
+        cells = [row["arm"], row["schedule"], *ratios, result, number(row["minus_full"]), number(row["minus_full_flops"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "FLOPs and time are factors: how many times as much full training takes. Held-out loss: mean ± standard"]
+    lines += ["deviation over seeds (number of seeds).", ""]
+    if changes:
+        lines += [
+            "## Loss just before and after each change",
+            "",
+            "| arm | change | before | after | jump | runs |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [f"| {arm} | {change} | {a:.3f} | {b:.3f} | {b - a:+.3f} | {n} |" for arm, change, a, b, n in changes]
+    return "\n".join(lines) + "\n"
+
+
+def draw_points(table, key, label, path):
+    """Loss against a cost, one point with its spread per arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in table:
+        baseline = row["arm"].startswith(("full", "shallow"))
+        color = "black" if baseline else "tab:red" if row["arm"] == "raptr" else "tab:blue"
+        axes.errorbar(1 / row[key], row["loss"], row["std"], fmt="s" if baseline else "o", ms=5, lw=1, capsize=2, color=color)
+    spread(axes, [(1 / row[key], row["loss"], row["arm"]) for row in table])
+    axes.set(xlabel=label, ylabel="held-out loss (nats), mean ± std over seeds")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def spread(axes, points):
+    """Names beside points, moved apart where they would cover each other."""
+    axes.margins(x=0.18, y=0.08)
+    low, high = axes.get_ylim()
+    least, last = (high - low) / 26, {}
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        column = round(x * 8)
+        at = max(y, last.get(column, -math.inf) + least)
+        last[column] = at
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6"}
+        axes.annotate(name, (x, y), (x + 0.02, at), fontsize=8, va="center", arrowprops=line)
+
+
+def draw_strips(runs, path):
+    """Active layers over time: one strip per arm, one column per sampled step."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    deepest = max(event(run, "run")["flags"]["layers"] for run in runs)
+    longest = max(event(run, "done")["step"] for run in runs)
+    columns = 3
+    figure = Figure(figsize=(9, 1.3 * -(-len(arms) // columns) + 0.5), layout="constrained")
+    grid = figure.subplots(-(-len(arms) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, arm in zip(grid.flat, arms):
+        run = next(run for run in runs if run["arm"] == arm)
+        cells = [[layer in layers for layers in run["strip"]] for layer in range(deepest)]
+        extent = (0, event(run, "done")["step"], -0.5, deepest - 0.5)
+        axes.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest", extent=extent)
+        axes.axis("on")
+        axes.set(title=arm, xlim=(0, longest), ylim=(-0.5, deepest - 0.5), yticks=[0, deepest - 1], xticks=[0, longest])
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("layer (filled: it runs)", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def write_results(folder, title, runs, flags):
+    """runs.jsonl, table.md, table.json and three figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, changes = rows(runs, flags), jumps(runs)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    (folder / "table.json").write_text(json.dumps({"rows": table, "jumps": changes}, indent=1))
+    (folder / "table.md").write_text(markdown(title, table, changes, runs))
+    draw_strips(runs, folder / "strips.png")
+    if all("speed_up" in row for row in table):
+        draw_points(table, "relative_flops_step", "FLOPs of the run, as a share of full training's", folder / "flops.png")
+        draw_points(table, "speed_up", "time of the run, as a share of full training's", folder / "time.png")
+    print((folder / "table.md").read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def main(argv):
+    parser = train.Parser(prog="compare.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser.add_argument("--config", default="configs/bert_toy.toml", help="preset of train.py")
+    parser.add_argument("--methods", default="full,full_flops,raptr,stacking", help=f"of {', '.join(ARMS)}; or all")
+    parser.add_argument("--seeds", type=train.count, default=3, help="how many")
+    parser.add_argument("--first_seed", type=train.natural, default=0)
+    parser.add_argument("--budget", default="1.333", help="relative layer FLOPs, one or several with commas")
+    parser.add_argument(
+        "--lr", default="", help="learning rates to choose from, for every arm, on other seeds; default the preset's"
+    )
+    parser.add_argument("--tuning_seeds", type=train.count, default=1)
+    parser.add_argument("--name", default="compare", help="folder under results/ and out/compare/")
+    parser.add_argument("--jobs", type=train.count, default=0, help="runs at a time; default one, or one per GPU")
+    parser.add_argument("--plan", action="store_true", help="print the schedules and stop")
+    args, more = parser.parse_known_args(argv)
+    common = [f"--config={args.config}", *more]
+    base = train.parse([*common, "--method=full"])
+    try:
+        budgets = [float(b) for b in args.budget.split(",")]
+        rates = [float(rate) for rate in args.lr.split(",")] if args.lr else []
+        if min(budgets) <= 1 or any(rate <= 0 for rate in rates):
+            raise ValueError
+    except ValueError:
+        parser.error("--budget takes numbers above 1, --lr numbers above 0, with commas between them")
+    arms = ARMS if args.methods == "all" else args.methods.split(",")
+    for arm in arms:
+        if arm not in ARMS:
+            parser.error(f"--methods: there is no {arm!r}{train.nearest(arm, ARMS)}")
+
+    devices = []
+    if base.device in ("auto", "cuda") and train.torch.cuda.is_available():
+        devices = list(range(train.torch.cuda.device_count()))
+    count = args.jobs or max(1, len(devices))
+    train.data.prepared(base.data, base.vocab)  # once, before several runs want it
+    for budget in budgets:
+        flags = {}
+        print(f"\nbudget {budget:g}: {base.layers / budget:.2f} of {base.layers} layers a step, {base.steps} steps\n")
+        for arm in arms:
+            try:
+                flags[arm] = schedule(arm, base, budget)
+                print(f"  {arm:14} {shown(flags[arm])}")
+            except ValueError as error:
+                print(f"  {arm:14} not possible: {error}")
+        print()
+        if args.plan:
+            continue
+        name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
+        out = Path("out/compare") / name
+        if rates:
+            seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
+            trials = {(a, r, s): [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"] for s in seeds for r in rates for a in flags}
+            run_all([(out / f"{a}-lr{r:g}-{s}", trial) for (a, r, s), trial in trials.items()], devices, count)
+            for arm in flags:
+                mean = {r: statistics.mean(read_log(out / f"{arm}-lr{r:g}-{s}")[-1]["loss"] for s in seeds) for r in rates}
+                flags[arm] = [*flags[arm], f"--lr={min(mean, key=mean.get):g}"]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        work = [(arm, seed) for seed in seeds for arm in flags]
+        run_all([(out / f"{arm}-{seed}", [*common, *flags[arm], f"--seed={seed}"]) for arm, seed in work], devices, count)
+        runs = [summary(out / f"{arm}-{seed}", arm, seed) for arm, seed in work]
+        title = f"{name}: {base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}, at {budget:g}x"
+        write_results(Path("results") / name, title, runs, flags)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

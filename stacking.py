@@ -1,0 +1,132 @@
+"""Growing in depth: train a shallow network, copy layers to make it deeper, go on. Nothing here knows a tensor's values.
+
+    python stacking.py              for every method, which layer each layer was copied from, stage by stage
+
+    stacking      gradual stacking: a copy of the last block of layers goes on top
+    progressive   progressive stacking: the whole stack is doubled
+    mslt          the growth of `stacking`, but only the new layers train, until a stage that adds none trains them all
+    midas         the middle block is repeated in place
+    jump          one late jump from a few layers to all: by repeating the stack, or with fresh layers on top
+
+A growth is a list of sources: entry i names the old layer that new layer i is copied from, or None for a fresh one.
+Weights and moments grow by the same list. Not here: when the optimizer is rebuilt (train.py).
+
+Sources: Gong et al., ICML 2019 (progressive); Reddi et al., ICML 2023 (gradual); Yang et al., arXiv 2011.13635 (mslt);
+Saunshi et al., NeurIPS 2024 (midas); Du et al., arXiv 2405.15319 and Bu, arXiv 2511.04981 (jump).
+Legend: n layers before a growth, m after it; layers count from 0, steps from 1.
+"""
+
+import re
+
+from raptr import Subnetwork
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where the layers come from
+
+
+def stacking(n, m):
+    """Gradual: a copy of the last m - n layers on top. Growing by more than there are repeats the whole stack."""
+    block = min(n, m - n)
+    return [i if i < n else n - block + (i - n) % block for i in range(m)]
+
+
+def progressive(n, m):
+    """Layer i is copied to i and i + n (and i + 2n, ... where the network grows by more than twice)."""
+    return [i % n for i in range(m)]
+
+
+def midas(n, m):
+    """The network is cut into blocks of m - n layers; the middle one, ceil(blocks / 2), is repeated in place."""
+    block = m - n
+    if n % block:
+        raise ValueError(f"--stages: midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}")
+    end = -(-(n // block) // 2) * block
+    return [*range(end), *range(end - block, n)]
+
+
+def fresh(n, m):
+    """New layers on top, as they were initialised."""
+    return [i if i < n else None for i in range(m)]
+
+
+SOURCES = {"stacking": stacking, "mslt": stacking, "progressive": progressive, "midas": midas}
+
+
+def grow(tensors, sources, new=None):
+    """Tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") rearranged by `sources`, each with storage of
+    its own. Names without a block number stay. new: tensors for the fresh layers, by their new names; zeros if None."""
+    grown = {name: tensor.clone() for name, tensor in tensors.items() if "blocks." not in name}
+    names = [re.split(r"blocks\.(\d+)\.", name) for name in tensors if "blocks." in name]
+    inside = {(before, after) for before, _, after in names}
+    for layer, source in enumerate(sources):
+        for before, after in sorted(inside):
+            name = f"{before}blocks.{layer}.{after}"
+            old = tensors[f"{before}blocks.{source or 0}.{after}"]
+            grown[name] = old.clone() if source is not None else new[name].clone() if new else old.new_zeros(old.shape)
+    return grown
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# When they grow
+
+
+class Stacking:
+    """A stage plan (raptr.py) whose lengths are depths of the network itself. depth(step) says how deep it is.
+
+    A full-model stage before the rest (`--full_warmup`) trains the deep network first; the shallow one that follows is made
+    of its lowest layers. So it gives stacking the same warm-up that RaPTr gets; what the upper layers learned is lost.
+    """
+
+    def __init__(self, kind, plan, layers, only_new=False):
+        if any(stage.length != int(stage.length) or stage.length < 1 for stage in plan):
+            raise ValueError("--stages: a network grows by whole layers, from 1 on")
+        self.kind, self.plan, self.layers, self.only_new = kind, plan, layers, only_new
+        for n, m in zip(self.depths(), self.depths()[1:]):
+            self.sources(n, m)  # a growth that is not possible is refused now
+
+    def depths(self):
+        return [int(stage.length) for stage in self.plan]
+
+    def stage(self, step):
+        return next(i for i, stage in enumerate(self.plan) if step <= stage.end)
+
+    def depth(self, step):
+        return self.depths()[self.stage(step)]
+
+    def sources(self, n, m):
+        """Where the layers of a network of depth m come from when it had n."""
+        return list(range(m)) if m < n else self.kind(n, m)
+
+    def subnetwork(self, step):
+        depth, stage = self.depth(step), self.stage(step)
+        before = self.depths()[stage - 1] if stage else 0
+        if self.only_new and before < depth:
+            return Subnetwork(tuple(range(depth)), frozen=before)
+        return None
+
+    def expected_layers(self, step):
+        return (self.subnetwork(step) or Subnetwork(tuple(range(self.depth(step))))).cost(1)
+
+    def examples(self):
+        return {}
+
+
+def demo():
+    from raptr import stage_plan
+
+    cases = [("stacking", (6, 9, 12)), ("progressive", (3, 6, 12)), ("mslt", (6, 9, 12, 12)), ("midas", (6, 9, 12))]
+    print("\n  Which layer of the first network each layer goes back to, stage by stage\n")
+    for name, lengths in cases:
+        method = Stacking(SOURCES[name], stage_plan(lengths, 1000, lengths[-1]), lengths[-1], name == "mslt")
+        roots = list(range(lengths[0]))
+        for i, (n, m) in enumerate(zip((lengths[0], *lengths), lengths)):
+            roots = [roots[source] for source in method.sources(n, m)] if m != n else roots
+            step = method.plan[i].start
+            frozen = (method.subnetwork(step) or Subnetwork(())).frozen
+            note = f"   the first {frozen} only run" if frozen else ""
+            print(f"  {name if i == 0 else '':12} {m:2} layers   {' '.join(f'{root:2}' for root in roots)}{note}")
+        print()
+
+
+if __name__ == "__main__":
+    demo()
