@@ -28,7 +28,6 @@ from pathlib import Path
 
 import methods
 import train
-from raptr import mean_layers
 from report import read_log
 
 ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], "shallow", "shallow_flops"]
@@ -43,9 +42,10 @@ def solve_alpha(args, mean):
 
     def mean_at(alpha):
         try:
-            return mean_layers(methods.choose(argparse.Namespace(**{**vars(args), "alpha": alpha, "steps": 100_000})), 100_000)
+            method = methods.choose(argparse.Namespace(**{**vars(args), "alpha": alpha, "steps": 1_000_000}))
         except ValueError:  # a stage has become too short for a step
             return math.inf if alpha > 0 else -math.inf
+        return sum((s.end - s.start + 1) * method.expected_layers(s.start) for s in method.plan) / 1_000_000
 
     low, high = -8.0, 8.0
     if not mean_at(low) < mean < mean_at(high):

@@ -75,7 +75,7 @@ def layerdrop(layers, rate=0.2, **more):
     return Dropped(lambda step: [1 - rate] * layers, layers, **more)
 
 
-def decreasing(layers, steps, p_max=1.0, depth="linear", staircase=None, **more):
+def decreasing(layers, steps, p_max=1.0, depth="linear", staircase=None, gate="sequence", inverse=True, **more):
     """Decreasing layer dropout: layer l of 0 .. L-1 is dropped with probability p_max * l/(L-1) * (1 - t/(T-1)).
 
     depth: "uniform" drops all layers but the first and the last alike, at the same mean depth.
@@ -94,7 +94,7 @@ def decreasing(layers, steps, p_max=1.0, depth="linear", staircase=None, **more)
     for step in [1] + [stage.start for stage in staircase or []]:
         if min(keep(step)) < 0:
             raise ValueError(f"at step {step} so few layers are left that some would have to be kept less than never")
-    return Dropped(keep, layers, **more)
+    return Dropped(keep, layers, gate=gate, inverse=inverse, **more)
 
 
 class Ramp:

@@ -100,7 +100,7 @@ class Stacking:
     def subnetwork(self, step):
         depth, stage = self.depth(step), self.stage(step)
         before = self.depths()[stage - 1] if stage else 0
-        if self.only_new and before < depth:
+        if self.only_new and 0 < before < depth:
             return Subnetwork(tuple(range(depth)), frozen=before)
         return None
 

@@ -1,0 +1,117 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+import compare
+import train
+from conftest import ROOT
+
+
+def base(*more):
+    return train.parse(["--method=full", *more])
+
+
+def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
+    events = [
+        {"event": "run", "relative_flops_layers": 1.0 if arm.startswith("full") else 4 / 3, "flags": {"layers": layers}},
+        {"event": "done", "step": steps, "loss": loss, "flops": flops},
+    ]
+    return {"arm": arm, "seed": seed, "seconds": seconds, "strip": [[0]], "events": events}
+
+
+@pytest.mark.parametrize("budget", [1.2, 1.333, 2.0, 3.0])
+@pytest.mark.parametrize("arm", [arm for arm in compare.ARMS if arm not in ("full", "ramp", "shallow_flops")])
+def test_every_schedule_costs_its_budget(arm, budget):
+    """Priced by counting the layers of every step, not by the formula the schedule came from."""
+    full = base("--steps", "3000")
+    try:
+        flags = compare.schedule(arm, full, budget)
+    except ValueError:
+        assert (arm, budget) in {("pld", 3.0), ("decreasing", 2.0), ("decreasing", 3.0)}
+        return
+    args = train.parse(["--steps=3000", *flags])
+    method = train.methods.choose(args)
+    cost = 0.0
+    for step in range(1, args.steps + 1):
+        path = method.subnetwork(step)
+        depth = method.depth(step) if hasattr(method, "depth") else args.layers
+        cost += depth if path is None else path.cost(args.batch)
+    assert 3000 * 12 / cost == pytest.approx(4 / 3 if budget == 1.333 else budget, rel=0.012)
+
+
+def test_published_schedules_come_out_of_their_budgets():
+    assert compare.schedule("raptr", base(), 1.333) == ["--method=raptr", "--stages=6-8-10-12", "--alpha=0"]
+    assert compare.schedule("stacking", base(), 1.333) == ["--method=stacking", "--stages=6-9-12", "--alpha=0"]
+    alpha = compare.schedule("raptr", base("--steps", "100000"), 1.2)[2]
+    assert float(alpha.removeprefix("--alpha=")) == pytest.approx(1, abs=1e-3)
+
+
+def test_full_costs_are_kept_where_they_should_be():
+    assert compare.schedule("shallow_flops", base("--steps", "900"), 1.333) == ["--method=full", "--layers=9", "--steps=1200"]
+    assert compare.schedule("full_flops", base("--steps", "900"), 1.5) == ["--method=full", "--steps=600"]
+
+
+def test_intervals_by_a_table_of_students_t():
+    mean, half = compare.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))  # standard deviation 1
+    assert math.isnan(compare.interval([1.0])[1])
+
+
+def test_differences_are_paired_by_seed():
+    runs = [run_of("full", s, 3 + s, seconds=12.0) for s in (0, 1, 2)] + [run_of("raptr", s, 3.5 + s) for s in (2, 0, 7)]
+    row = next(r for r in compare.rows(runs, {"full": [], "raptr": []}) if r["arm"] == "raptr")
+    assert row["minus_full"] == (0.5, 0.0) and row["minus_full_flops"] is None  # seed 7 has no partner
+    assert row["speed_up"] == pytest.approx(1.2) and row["n"] == 3
+
+
+def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 12 --threads 1 --eval_sequences 16 --eval_every 0"
+    command = ["--methods", "full,full_flops,raptr,stacking,shallow", "--seeds", "2", "--name", "t", "--jobs", "2"]
+    command += [*flags.split(), "--data", str(corpus)]
+    compare.main(command)
+    first = capsys.readouterr().out
+    table = json.loads((tmp_path / "results/t/table.json").read_text())
+    assert {row["arm"]: row["n"] for row in table["rows"]} == dict.fromkeys(
+        ("full", "full_flops", "raptr", "stacking", "shallow"), 2
+    )
+    relative = {row["arm"]: row["relative_flops_layers"] for row in table["rows"]}
+    assert relative == pytest.approx(
+        {"full": 1, "full_flops": 4 / 3, "raptr": 4 / 3, "stacking": 4 / 3, "shallow": 4 / 3}, rel=0.02
+    )
+    assert {tuple(jump[:2]) for jump in table["jumps"]} >= {("stacking", "2 to 3 layers"), ("raptr", "3 to 4 layers")}
+    for figure in ("flops.png", "time.png", "strips.png"):
+        assert (tmp_path / "results/t" / figure).stat().st_size > 3000
+    logs = {f: f.stat().st_mtime_ns for f in tmp_path.glob("out/compare/t/*/log.jsonl")}
+    lost = tmp_path / "out/compare/t/raptr-1"
+    kept = (lost / "log.jsonl").read_text()
+    (lost / "log.jsonl").write_text("\n".join(kept.splitlines()[:-1]) + "\n")  # as if it had been killed at the very end
+    compare.main(command)
+    assert {f.parent.name for f, t in logs.items() if f.stat().st_mtime_ns != t} == {"raptr-1"}
+    same_losses = [line for line in first.splitlines() if line.startswith("| raptr")]
+    assert same_losses[0].split("|")[6] in capsys.readouterr().out
+
+
+def test_all_arms_of_a_seed_share_start_and_data(tmp_path, corpus, monkeypatch):
+    """With a learning rate of nearly zero every arm of one depth must end at the same held-out loss."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 16 --lr_schedule wsd"
+    compare.main(["--methods", "full,raptr,constant,layerdrop", "--seeds", "2", "--name", "s", "--weight_decay", "0"]
+                 + [*flags.split(), "--data", str(corpus), "--lr", "1e-12"])  # fmt: skip
+    rows = json.loads((tmp_path / "results/s/table.json").read_text())["rows"]
+    assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-6
+
+
+def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
+    compare.main(["--methods", "decreasing,raptr", "--budget", "2", "--plan"])
+    assert "not possible" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, word", [("--methods raptor", "raptr"), ("--budget 0.5", "--budget"), ("--layres 4", "--layers")])
+def test_bad_flags(flags, word):
+    command = [sys.executable, "compare.py", *flags.split()]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
