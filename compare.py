@@ -314,9 +314,7 @@ def main(argv):
     parser.add_argument("--seeds", type=train.count, default=3, help="how many")
     parser.add_argument("--first_seed", type=train.natural, default=0)
     parser.add_argument("--budget", default="1.333", help="relative layer FLOPs, one or several with commas")
-    parser.add_argument(
-        "--lr", default="", help="learning rates to choose from, for every arm, on other seeds; default the preset's"
-    )
+    parser.add_argument("--lr", default="", help="learning rates; of several, each arm gets its best on other seeds")
     parser.add_argument("--tuning_seeds", type=train.count, default=1)
     parser.add_argument("--name", default="compare", help="folder under results/ and out/compare/")
     parser.add_argument("--jobs", type=train.count, default=0, help="runs at a time; default one, or one per GPU")
@@ -355,7 +353,9 @@ def main(argv):
             continue
         name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
         out = Path("out/compare") / name
-        if rates:
+        if len(rates) == 1:
+            flags = {arm: [*own, f"--lr={rates[0]:g}"] for arm, own in flags.items()}
+        elif rates:
             seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
             trials = {(a, r, s): [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"] for s in seeds for r in rates for a in flags}
             run_all([(out / f"{a}-lr{r:g}-{s}", trial) for (a, r, s), trial in trials.items()], devices, count)

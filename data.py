@@ -331,16 +331,16 @@ def prepared(data="", vocab=4096, cache="corpus"):
         files = text_files([data])
         name = re.sub(r"\W+", "-", Path(data).resolve().name).strip("-")
         facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        pieces, source = (lambda: read_files(files)), str(data)
+        source = str(data)
     else:
         versions = [f"python{platform.python_version()}", f"torch{importlib.metadata.version('torch')}"]
-        pieces, name, facts, source = (lambda: iter(documents)), "manual", versions, "manual of " + ", ".join(versions)
+        name, facts, source = "manual", versions, "manual of " + ", ".join(versions)
     key = hashlib.sha256(json.dumps([VERSION, vocab, facts]).encode()).hexdigest()[:8]
     out = Path(__file__).parent / cache / f"{name}-{vocab}-{key}"
     if not out.exists():
         print(f"preparing {source} (once; kept in {out})", file=sys.stderr, flush=True)
         documents = [] if data else list(manual())
-        prepare(pieces, out, vocab, source=source)
+        prepare(lambda: read_files(files) if data else iter(documents), out, vocab, source=source)
     return out
 
 

@@ -18,10 +18,10 @@ Sources: Zhang & He, NeurIPS 2020 (PLD); Fan et al., ICLR 2020 (LayerDrop); Elho
 import math
 import random
 
-from raptr import Subnetwork, draw, mean_layers
+from raptr import Full, Subnetwork, draw, mean_layers
 
 
-class Dropped:
+class Dropped(Full):
     """Keeps layer l at step t with probability keep(t)[l], every layer on its own.
 
     gate: "batch", one draw for all sequences, or "sequence", one for each: a layer then runs on the rows that keep it.
@@ -29,14 +29,8 @@ class Dropped:
     """
 
     def __init__(self, keep, layers, seed=0, gate="batch", inverse=False, batch=None):
-        self.keep, self.layers, self.seed = keep, layers, seed
-        self.gate, self.inverse, self.batch = gate, inverse, batch
-
-    def stage(self, step):
-        return 0
-
-    def examples(self):
-        return {}
+        super().__init__(layers)
+        self.keep, self.seed, self.gate, self.inverse, self.batch = keep, seed, gate, inverse, batch
 
     def expected_layers(self, step):
         return math.fsum(self.keep(step))
@@ -97,21 +91,13 @@ def decreasing(layers, steps, p_max=1.0, depth="linear", staircase=None, gate="s
     return Dropped(keep, layers, gate=gate, inverse=inverse, **more)
 
 
-class Ramp:
+class Ramp(Full):
     """Residual ramp: layer l of 1 .. L is scaled by min(1, t / (l * grow)), so deeper layers come in later; the last one
     is whole after a share `share` of the steps. Nothing is skipped, so it costs what full training costs."""
 
     def __init__(self, layers, steps, share=0.25):
-        self.layers, self.grow = layers, share * steps / layers
-
-    def stage(self, step):
-        return 0
-
-    def examples(self):
-        return {}
-
-    def expected_layers(self, step):
-        return self.layers
+        super().__init__(layers)
+        self.grow = share * steps / layers
 
     def subnetwork(self, step):
         scale = tuple(min(1.0, step / ((layer + 1) * self.grow)) for layer in range(self.layers))

@@ -1,7 +1,6 @@
 """--method NAME: the object that says, step by step, which part of the network trains.
 
-Every one has subnetwork(step), stage(step), expected_layers(step) and examples(); those that grow have depth(step) too.
-Adding a method of your own means adding a class with these and one line here.
+A method of your own is a class built on raptr.Full (its docstrings say what to answer) and a line in NAMES, READS, choose.
 """
 
 import layerdrop

@@ -87,7 +87,56 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The paths
+# A method: what a training loop asks, and full training's answers
+
+
+class Full:
+    """Every step trains every layer. All other methods are built on this and say only where they differ."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def subnetwork(self, step):
+        """What trains at `step` (from 1): a Subnetwork, or None for all of the network."""
+        return None
+
+    def expected_layers(self, step):
+        """Mean cost of `step`, in layers: see Subnetwork.cost."""
+        return self.layers
+
+    def stage(self, step):
+        """Number of the stage that `step` lies in, from 0."""
+        return 0
+
+    def depth(self, step):
+        """How many layers the network has. The loop grows it when this changes (stacking.py)."""
+        return self.layers
+
+    def since_growth(self, step):
+        """Steps since the network last grew, its first step after that being 1."""
+        return math.inf
+
+    def examples(self):
+        """Subnetworks to evaluate beside the full model: {"6": [Subnetwork, ...], ...}."""
+        return {}
+
+
+class Staged(Full):
+    """A method that follows a stage plan."""
+
+    def __init__(self, plan, layers):
+        super().__init__(layers)
+        self.plan = plan
+
+    def stage(self, step):
+        return next(i for i, stage in enumerate(self.plan) if step <= stage.end)
+
+    def expected_layers(self, step):
+        return self.plan[self.stage(step)].length
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# RaPTr's answers: random paths
 
 
 def keep_probability(k, layers, fixed):
@@ -126,7 +175,7 @@ def path_scale(kept, k, layers, fixed, scaling):
     return tuple(1.0 if layer in fixed else 1 / p for layer in kept)
 
 
-class RaPTr:
+class RaPTr(Staged):
     """subnetwork(step) for a stage plan: a pure function of (seed, step), so any rank can ask for any step.
 
     fixed: the layers that are always kept, I. The paper's experiments keep the first and the last.
@@ -138,16 +187,8 @@ class RaPTr:
             raise ValueError(f"--fixed {sorted(fixed)}: layers are numbered 0 .. {layers - 1} (--layers)")
         if shortest < len(fixed):
             raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(fixed)} always kept (--fixed)")
-        self.plan, self.layers, self.fixed = plan, layers, frozenset(fixed)
-        self.sampling, self.scaling, self.seed = sampling, scaling, seed
-
-    def stage(self, step):
-        """Number of the stage that `step` lies in, from 0."""
-        return next(i for i, stage in enumerate(self.plan) if step <= stage.end)
-
-    def expected_layers(self, step):
-        """Mean number of layers that train at `step`."""
-        return self.plan[self.stage(step)].length
+        super().__init__(plan, layers)
+        self.fixed, self.sampling, self.scaling, self.seed = frozenset(fixed), sampling, scaling, seed
 
     def subnetwork(self, step):
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
@@ -160,28 +201,9 @@ class RaPTr:
         return Subnetwork(kept, path_scale(kept, k, self.layers, self.fixed, self.scaling))
 
     def examples(self, count=4):
-        """A few paths of every stage's length, the same for every seed, to evaluate: {"6": [Subnetwork, ...], ...}."""
+        """A few paths of every stage's length, the same for every seed."""
         lengths = sorted({stage.length for stage in self.plan} - {self.layers})
         return {f"{k:g}": [self.path(k, f"example {i}") for i in range(count)] for k in lengths}
-
-
-class Full:
-    """Every step trains every layer."""
-
-    def __init__(self, layers):
-        self.layers = layers
-
-    def stage(self, step):
-        return 0
-
-    def expected_layers(self, step):
-        return self.layers
-
-    def subnetwork(self, step):
-        return None
-
-    def examples(self):
-        return {}
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ Saunshi et al., NeurIPS 2024 (midas); Du et al., arXiv 2405.15319 and Bu, arXiv 
 Legend: n layers before a growth, m after it; layers count from 0, steps from 1.
 """
 
+import math
 import re
 
-from raptr import Subnetwork
+from raptr import Staged, Subnetwork, stage_plan
 
 # ----------------------------------------------------------------------------------------------------------------
 # Where the layers come from
@@ -70,7 +71,7 @@ def grow(tensors, sources, new=None):
 # When they grow
 
 
-class Stacking:
+class Stacking(Staged):
     """A stage plan (raptr.py) whose lengths are depths of the network itself. depth(step) says how deep it is.
 
     A full-model stage before the rest (`--full_warmup`) trains the deep network first; the shallow one that follows is made
@@ -80,18 +81,18 @@ class Stacking:
     def __init__(self, kind, plan, layers, only_new=False):
         if any(stage.length != int(stage.length) or stage.length < 1 for stage in plan):
             raise ValueError("--stages: a network grows by whole layers, from 1 on")
-        self.kind, self.plan, self.layers, self.only_new = kind, plan, layers, only_new
-        for n, m in zip(self.depths(), self.depths()[1:]):
+        super().__init__(plan, layers)
+        self.kind, self.only_new, self.depths = kind, only_new, [int(stage.length) for stage in plan]
+        for n, m in zip(self.depths, self.depths[1:]):
             self.sources(n, m)  # a growth that is not possible is refused now
 
-    def depths(self):
-        return [int(stage.length) for stage in self.plan]
-
-    def stage(self, step):
-        return next(i for i, stage in enumerate(self.plan) if step <= stage.end)
-
     def depth(self, step):
-        return self.depths()[self.stage(step)]
+        return self.depths[self.stage(step)]
+
+    def since_growth(self, step):
+        stage = self.stage(step)
+        grown = stage > 0 and self.depths[stage] > self.depths[stage - 1]
+        return step - self.plan[stage].start + 1 if grown else math.inf
 
     def sources(self, n, m):
         """Where the layers of a network of depth m come from when it had n."""
@@ -99,7 +100,7 @@ class Stacking:
 
     def subnetwork(self, step):
         depth, stage = self.depth(step), self.stage(step)
-        before = self.depths()[stage - 1] if stage else 0
+        before = self.depths[stage - 1] if stage else 0
         if self.only_new and 0 < before < depth:
             return Subnetwork(tuple(range(depth)), frozen=before)
         return None
@@ -107,13 +108,8 @@ class Stacking:
     def expected_layers(self, step):
         return (self.subnetwork(step) or Subnetwork(tuple(range(self.depth(step))))).cost(1)
 
-    def examples(self):
-        return {}
-
 
 def demo():
-    from raptr import stage_plan
-
     cases = [("stacking", (6, 9, 12)), ("progressive", (3, 6, 12)), ("mslt", (6, 9, 12, 12)), ("midas", (6, 9, 12))]
     print("\n  Which layer of the first network each layer goes back to, stage by stage\n")
     for name, lengths in cases:

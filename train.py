@@ -23,7 +23,6 @@ import tomllib
 from pathlib import Path
 
 import methods
-import stacking
 from raptr import mean_layers
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def nearest(name, known):
 def parse(argv):
     """Checked flags. Exits with code 2 and one sentence if something is wrong; nothing has been created by then."""
     parser = flags()
-    first, _ = Parser(add_help=False, allow_abbrev=False, prog="train.py"), None
+    first = Parser(add_help=False, allow_abbrev=False, prog="train.py")
     first.add_argument("--config", default=parser.get_default("config"))
     path = Path(first.parse_known_args(argv)[0].config)
     if not path.exists() and not path.is_absolute():
@@ -227,14 +226,6 @@ def learning_rate(args, step, since_growth=math.inf):
     return args.lr * (args.min_lr + (1 - args.min_lr) * left)
 
 
-def since_growth(method, step):
-    """Steps since the network last grew (its first step after that is 1), infinite if it has not."""
-    stage = method.stage(step)
-    if not isinstance(method, stacking.Stacking) or stage == 0 or method.depths()[stage] <= method.depths()[stage - 1]:
-        return math.inf
-    return step - method.plan[stage].start + 1
-
-
 ARGS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before torch: a wrong flag and --help answer at once
 
 import torch  # noqa: E402
@@ -244,6 +235,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import model as transformer  # noqa: E402
 import report  # noqa: E402
+import stacking  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
 # Pieces of the loop
@@ -380,7 +372,6 @@ def main(args):
     fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq)]
     method = methods.choose(args)
     examples = method.examples()
-    depth = getattr(method, "depth", lambda step: args.layers)
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     run = Path(args.out)
@@ -401,7 +392,8 @@ def main(args):
                 now = flags_now.get(name)
                 raise ValueError(f"--out {run}: this run began with --{name} {then}, not {now}; choose another --out")
     else:
-        (run / "config.json").write_text(json.dumps(flags_now, indent=1))
+        (run / "config.tmp").write_text(json.dumps(flags_now, indent=1))
+        (run / "config.tmp").rename(run / "config.json")
     tensors, meta = checkpoint.load_newest(run, device) or (None, {"step": 0, "flops": 0, "seconds": 0.0})
     step, flops, seconds = meta["step"], meta["flops"], meta["seconds"]
 
@@ -410,7 +402,7 @@ def main(args):
     config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
     model = transformer.BERT(config, args.seed).to(device)
     initial = {name: p.detach().clone() for name, p in model.named_parameters()} if args.method == "jump" else None
-    model.blocks = model.blocks[: depth(max(1, step))]
+    model.blocks = model.blocks[: method.depth(max(1, step))]
     if args.init and step == 0:
         load_weights(model, checkpoint.load_newest(args.init, device)[0]["model"], args.init)
     elif step:
@@ -462,9 +454,9 @@ def main(args):
     bar = tqdm(total=args.steps, initial=step, unit=" steps", disable=None, dynamic_ncols=True)
     while step < args.steps:
         step += 1
-        if depth(step) != len(model.blocks):
+        if method.depth(step) != len(model.blocks):
             before, n, began = evaluate(model, fixed, [None], args.micro_batch, autocast), len(model.blocks), time.perf_counter()
-            sources = method.sources(n, depth(step))
+            sources = method.sources(n, method.depth(step))
             optimizer = grow(model, optimizer, sources, initial, args)
             if args.compile:
                 compile_blocks(model)
@@ -472,9 +464,8 @@ def main(args):
             after = evaluate(model, fixed, [None], args.micro_batch, autocast)
             record("grow", step=step, depth_before=n, depth=len(sources), sources=sources, loss_before=before,
                    loss_after=after, seconds=took)  # fmt: skip
-            bar.write(
-                f"step {step:>6}  from {n} to {len(sources)} layers: held-out loss {before:.3f} to {after:.3f}", file=sys.stderr
-            )
+            change = f"from {n} to {len(sources)} layers: held-out loss {before:.3f} to {after:.3f}"
+            bar.write(f"step {step:>6}  {change}", file=sys.stderr)
 
         began = time.perf_counter()
         subnetwork = method.subnetwork(step)
@@ -482,7 +473,7 @@ def main(args):
         batch = corpus.batch(args.seed, step, args.batch, args.seq)
         targets = int((batch[2] != data.NO_TARGET).sum())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, since_growth(method, step))
+            group["lr"] = learning_rate(args, step, method.since_growth(step))
 
         loss = 0.0
         for start in range(0, args.batch, args.micro_batch):

@@ -37,8 +37,7 @@ def test_every_schedule_costs_its_budget(arm, budget):
     cost = 0.0
     for step in range(1, args.steps + 1):
         path = method.subnetwork(step)
-        depth = method.depth(step) if hasattr(method, "depth") else args.layers
-        cost += depth if path is None else path.cost(args.batch)
+        cost += method.depth(step) if path is None else path.cost(args.batch)
     assert 3000 * 12 / cost == pytest.approx(4 / 3 if budget == 1.333 else budget, rel=0.012)
 
 
@@ -99,7 +98,7 @@ def test_all_arms_of_a_seed_share_start_and_data(tmp_path, corpus, monkeypatch):
     """With a learning rate of nearly zero every arm of one depth must end at the same held-out loss."""
     monkeypatch.chdir(tmp_path)
     flags = "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 16 --lr_schedule wsd"
-    compare.main(["--methods", "full,raptr,constant,layerdrop", "--seeds", "2", "--name", "s", "--weight_decay", "0"]
+    compare.main(["--methods", "full,raptr,layerdrop", "--seeds", "1", "--name", "s", "--weight_decay", "0"]
                  + [*flags.split(), "--data", str(corpus), "--lr", "1e-12"])  # fmt: skip
     rows = json.loads((tmp_path / "results/s/table.json").read_text())["rows"]
     assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-6

@@ -175,7 +175,7 @@ def test_a_growth_can_warm_up(tiny):
     flags = ["--method", "stacking", "--stages", "2-4", "--steps", 12, "--warmup", 0, "--lr", 1, "--lr_schedule", "wsd"]
     args = train.parse([*tiny, *map(str, flags), "--growth_warmup", "4"])
     method = train.methods.choose(args)
-    rates = [train.learning_rate(args, step, train.since_growth(method, step)) for step in range(5, 11)]
+    rates = [train.learning_rate(args, step, method.since_growth(step)) for step in range(5, 11)]
     assert rates == pytest.approx([1, 1, 0.25, 0.5, 0.75, train.learning_rate(args, 10)])
 
 

@@ -79,7 +79,7 @@ def test_the_learning_rate_warms_up_and_decays():
 @pytest.mark.parametrize("skipped_grad", ["none", "zero"])
 def test_a_skipped_layer_rests(tiny, skipped_grad):
     run = go(tiny, "--steps", 7, "--save_every", 1, "--keep", 9, "--skipped_grad", skipped_grad, "--weight_decay", 0.1)
-    method = train.choose_method(train.parse([*tiny, "--steps", "7"]))
+    method = train.methods.choose(train.parse([*tiny, "--steps", "7"]))
     touched = 0
     for step in range(2, 7):
         before, after = (load_file(run / f"step_{s:08d}" / "model.safetensors") for s in (step - 1, step))
@@ -255,7 +255,7 @@ BAD = """
 --fixed 0,9 | --fixed
 --fixed start | --fixed
 --full_warmup 12 | --full_warmup
---alpha -1 | --alpha
+--alpha x | --alpha
 --method constant --mean_depth 9 | --mean_depth
 --method raptor | raptr
 --norm middle | --norm
@@ -336,6 +336,6 @@ def test_help_does_not_wait_for_torch():
 
 def test_auto_stages_are_the_papers():
     for layers, stages in ((12, [6, 8, 10, 12]), (24, [12, 16, 20, 24])):
-        method = train.choose_method(train.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
+        method = train.methods.choose(train.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
         assert [stage.length for stage in method.plan] == stages
         assert isinstance(method.subnetwork(1), Subnetwork) and math.isclose(method.expected_layers(1), stages[0])
