@@ -2,6 +2,7 @@
 
     python bench.py                     everything below, on this machine
     python bench.py --only paths        a full step against paths of 6, 8, 10 of 12 layers
+    python bench.py --only methods      every method over a whole run, and a growth
     python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
     python bench.py --only data         what making a batch takes of a step
     python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
@@ -25,9 +26,11 @@ import time
 import torch
 
 import data
+import methods
 import model as transformer
+import stacking
 import train
-from raptr import RaPTr, Stage
+from raptr import RaPTr, Stage, Subnetwork
 
 
 def median(values):
@@ -95,6 +98,38 @@ def bench_paths(args, config, report):
         took, share = median(times[k]) * 1e3, cost[k] / cost[L]
         print(f"    path of {k:2}          {took:6.1f} ms  {share:6.1%}   {speed:8.3f}  {ideal:6.3f}   {speed / ideal:10.3f}")
         report[f"efficiency_{k}_of_{L}"] = speed / ideal
+
+
+def bench_methods(args, config, report):
+    """Every method over a whole run: steps of full training and of the method, in turn, at evenly spaced moments."""
+    step, slots, T = our_step(config, args.batch, args.dtype, args.compile), data.masked_per_window(config.seq), 3 * args.rounds
+    for _ in range(3):
+        step(None)
+    print(f"  methods at 3/4 of the layer FLOPs, {args.dtype}: over {T} moments of a run")
+    for name in methods.NAMES[1:]:
+        flags = [f"--method={name}", f"--steps={T}", f"--layers={config.layers}", f"--batch={args.batch}"]
+        flags += ["--mean_depth=9"] * ("mean_depth" in methods.READS[name])
+        method, full, own, cost = methods.choose(train.parse(flags)), 0.0, 0.0, 0.0
+        for moment in range(1, T + 1):
+            path = method.subnetwork(moment) or Subnetwork(tuple(range(method.depth(moment))))
+            for subnetwork in (None, path):
+                began = time.perf_counter()
+                step(subnetwork)
+                took = time.perf_counter() - began
+                full, own = (full + took, own) if subnetwork is None else (full, own + took)
+            cost += transformer.flops(config, args.batch, slots, path.cost(args.batch))
+        ideal = T * transformer.flops(config, args.batch, slots) / cost
+        print(f"    {name:12} {full / own:6.3f}x faster, ideal {ideal:6.3f}, efficiency {full / own / ideal:6.3f}")
+        report[f"efficiency_{name}"] = full / own / ideal
+    flags = train.parse(["--method=stacking", f"--layers={config.layers}"])
+    model = transformer.BERT(config)
+    model.blocks = model.blocks[: config.layers // 2]
+    optimizer, began = train.make_optimizer(model, flags), time.perf_counter()
+    train.grow(model, optimizer, stacking.stacking(config.layers // 2, config.layers), None, flags)
+    grew = time.perf_counter() - began
+    print(f"    growing from {config.layers // 2} to {config.layers} layers takes {grew * 1e3:.0f} ms", end="")
+    print(f", {grew * T / full:.2f} of a full step")
+    report["growth_over_step"] = grew * T / full
 
 
 def their_step(kind, config, size, dtype):
@@ -181,7 +216,7 @@ def bench_memory(args, config, report):
             report[f"peak_bytes_{name.replace(' ', '_')}"] = peak
 
 
-BENCHES = {"paths": bench_paths, "rival": bench_rival, "data": bench_data, "memory": bench_memory}
+BENCHES = {"paths": bench_paths, "methods": bench_methods, "rival": bench_rival, "data": bench_data, "memory": bench_memory}
 
 
 def main():

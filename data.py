@@ -288,8 +288,11 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
     Raises ValueError if there is no text, or none for one of the two splits.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         if tokenizer:
             load_tokenizer(tokenizer)
@@ -317,7 +320,8 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
         meta["train_counts"] = writers["train"].counts.tolist()
         (folder / "meta.json").write_text(json.dumps(meta))
         folder.chmod(0o755)
-        folder.rename(out)
+        if not out.exists():  # another process may have been faster
+            folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
