@@ -20,4 +20,4 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv out corpus .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@
     python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
 
 Each round times one step of every candidate, one after another, so that a slow moment of the machine hits all of them;
-a ratio is the median over the rounds of that round's ratio. Let nothing else run meanwhile.
+a ratio is the median over the rounds of that round's ratio, unless it says otherwise. Let nothing else run meanwhile.
 
 efficiency of a path = (time of a full step / time of its step) / (FLOPs of a full step / FLOPs of its step); 1 is ideal.
 """
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -31,6 +32,8 @@ import model as transformer
 import stacking
 import train
 from raptr import RaPTr, Stage, Subnetwork
+
+HERE = Path(__file__).parent
 
 
 def median(values):
@@ -82,7 +85,8 @@ def our_step(config, size, dtype, compile=False):
 
 def bench_paths(args, config, report):
     step = our_step(config, args.batch, args.dtype, args.compile)
-    lengths, L = [6, 8, 10], config.layers
+    L = config.layers
+    lengths = [L // 2, 2 * L // 3, 5 * L // 6]  # 6, 8, 10 of 12
     paths = {k: RaPTr([Stage(1, 10**9, k)], L, {0, L - 1}) for k in lengths}
     turn = iter(range(1, 10**9))
     candidates = {"full": lambda: step(None)}
@@ -105,10 +109,10 @@ def bench_methods(args, config, report):
     step, slots, T = our_step(config, args.batch, args.dtype, args.compile), data.masked_per_window(config.seq), 3 * args.rounds
     for _ in range(3):
         step(None)
-    print(f"  methods at 3/4 of the layer FLOPs, {args.dtype}: over {T} moments of a run")
+    print(f"  methods, {args.dtype}: all steps of a run of {T}, each beside a full one; ratios of the sums")
     for name in methods.NAMES[1:]:
         flags = [f"--method={name}", f"--steps={T}", f"--layers={config.layers}", f"--batch={args.batch}"]
-        flags += ["--mean_depth=9"] * ("mean_depth" in methods.READS[name])
+        flags += [f"--mean_depth={0.75 * config.layers:g}"] * ("mean_depth" in methods.READS[name])
         method, full, own, cost = methods.choose(train.parse(flags)), 0.0, 0.0, 0.0
         for moment in range(1, T + 1):
             path = method.subnetwork(moment) or Subnetwork(tuple(range(method.depth(moment))))
@@ -192,8 +196,8 @@ def bench_rival(args, config, report):
 def bench_data(args, config, report):
     corpus = data.Corpus(data.prepared())
     toy = transformer.Config(12, 128, 2, 512, 64, corpus.vocab, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
-    step, turn = our_step(toy, 32, args.dtype), iter(range(1, 10**9))
-    times = interleaved({"batch": lambda: corpus.batch(0, next(turn), 32, 64), "step": lambda: step(None)}, args.rounds)
+    step, turn = our_step(toy, 16, args.dtype), iter(range(1, 10**9))
+    times = interleaved({"batch": lambda: corpus.batch(0, next(turn), 16, 64), "step": lambda: step(None)}, args.rounds)
     share = median([a / b for a, b in zip(times["batch"], times["step"])])
     print(f"  making a toy batch takes {median(times['batch']) * 1e3:.2f} ms, {share:.2%} of a full step")
     report["data_share"] = share
@@ -210,7 +214,7 @@ def bench_memory(args, config, report):
         }
         for name, code in commands.items():
             code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-            shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
             peak = int(shown.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
             print(f"  peak memory of {name:20} {peak / 2**20:6.0f} MiB")
             report[f"peak_bytes_{name.replace(' ', '_')}"] = peak

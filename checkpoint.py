@@ -37,7 +37,8 @@ def sha256(path):
 
 def folders(run):
     """Checkpoint folders of a run, oldest first."""
-    return sorted(path for path in Path(run).glob("step_*") if path.name.removeprefix("step_").isdigit())
+    found = [path for path in Path(run).glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def save(run, step, tensors, meta, keep=2):
@@ -52,7 +53,10 @@ def save(run, step, tensors, meta, keep=2):
     folder.mkdir()
     try:
         for name, group in tensors.items():
-            save_file(group, folder / f"{name}.safetensors")
+            try:
+                save_file(group, folder / f"{name}.safetensors")
+            except SafetensorError as error:  # what it raises where the disk is full
+                raise OSError(str(error)) from None
         (folder / "meta.json").write_text(json.dumps(meta))
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

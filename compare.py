@@ -38,22 +38,25 @@ TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never re
 
 
 def solve_alpha(args, mean):
-    """The alpha that gives the staged method of `args` `mean` layers a step; None if there is none."""
+    """The alpha that gives the staged method of `args` `mean` layers a step. ValueError if there is none."""
+    steps = 1_000_000  # many, so that rounding to whole steps does not matter
+    args = argparse.Namespace(**{**vars(args), "steps": steps, "full_warmup": round(args.full_warmup / args.steps * steps)})
+    methods.choose(argparse.Namespace(**{**vars(args), "alpha": 0.0}))  # ValueError if it cannot be at all
 
     def mean_at(alpha):
         try:
-            method = methods.choose(argparse.Namespace(**{**vars(args), "alpha": alpha, "steps": 1_000_000}))
+            method = methods.choose(argparse.Namespace(**{**vars(args), "alpha": alpha}))
         except ValueError:  # a stage has become too short for a step
             return math.inf if alpha > 0 else -math.inf
-        return sum((s.end - s.start + 1) * method.expected_layers(s.start) for s in method.plan) / 1_000_000
+        return sum((s.end - s.start + 1) * method.expected_layers(s.start) for s in method.plan) / steps
 
     low, high = -8.0, 8.0
     if not mean_at(low) < mean < mean_at(high):
-        return None
+        raise ValueError(f"--stages {args.stages} cannot have {mean:g} layers a step")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if mean_at(middle) < mean else (low, middle)
-    return round((low + high) / 2, 4) + 0.0
+    return 0.0 if abs(low) < 1e-3 else round(low, 4)
 
 
 def schedule(arm, base, budget):
@@ -71,18 +74,26 @@ def schedule(arm, base, budget):
         return ["--method=full", f"--layers={K}"] + [f"--steps={round(T * L / K)}"] * (arm == "shallow_flops")
     if arm == "ramp":
         return ["--method=ramp"]
-    if arm not in methods.AUTO and arm != "raptr":
-        flags = [f"--method={arm}", f"--mean_depth={K:g}"]
-        methods.choose(argparse.Namespace(**{**vars(base), "method": arm, "mean_depth": K}))  # ValueError if it cannot
-        return flags
-    deeper = [round(L * s / 4) for s in (1, 2, 3, 4)] + [L] * (arm == "mslt")
-    for lengths in (methods.stages(argparse.Namespace(**{**vars(base), "method": arm, "stages": "auto"})), deeper):
+    own = argparse.Namespace(**{**vars(base), "method": arm})
+    if "mean_depth" in methods.reads(own):
+        methods.choose(argparse.Namespace(**{**vars(own), "mean_depth": K}))  # ValueError if it cannot
+        return [f"--method={arm}", f"--mean_depth={K:g}"]
+    found, reason = [], None
+    plans = [methods.stages(argparse.Namespace(**{**vars(own), "stages": "auto"}))]
+    plans += [[round(L * s / 4) for s in (1, 2, 3, 4)] + [L] * (arm == "mslt")] * (arm != "progressive")
+    for lengths in plans:  # the published plan if its stages need not be the longer the earlier, else one that starts lower
         stages = "-".join(str(k) for k in lengths)
-        alpha = solve_alpha(argparse.Namespace(**{**vars(base), "method": arm, "stages": stages}), K)
-        if alpha is not None and (alpha >= -1e-3 or lengths is deeper or arm == "progressive"):
-            alpha = 0.0 if abs(alpha) < 1e-3 else alpha
-            return [f"--method={arm}", f"--stages={stages}", f"--alpha={alpha:g}"]
-    raise ValueError(f"no schedule of it has {K:g} layers a step")
+        try:
+            alpha = solve_alpha(argparse.Namespace(**{**vars(own), "stages": stages}), K)
+            methods.choose(argparse.Namespace(**{**vars(own), "stages": stages, "alpha": alpha}))  # has it steps enough?
+            found.append([f"--method={arm}", f"--stages={stages}", f"--alpha={alpha:g}"])
+            if alpha >= 0:
+                break
+        except ValueError as error:
+            reason = error
+    if not found:
+        raise reason
+    return found[-1]
 
 
 def shown(flags):
@@ -94,30 +105,44 @@ def shown(flags):
 # Running
 
 
-def run_all(jobs, devices, count):
-    """Run [(folder, flags), ...], `count` at a time, one GPU each where there are some; what is finished returns at once."""
+def run_all(jobs, devices, count, may_fail=False):
+    """Run [(folder, flags), ...], `count` at a time, one GPU each where there are some; what is finished returns at once.
+    may_fail: a run whose loss was not finite (exit code 3) is not an error."""
     free = queue.Queue()
     for slot in range(count):
         free.put(devices[slot % len(devices)] if devices else None)
 
     def one(job):
         folder, flags = job
-        if not finished(folder):
+        if not finished(folder, flags):
             device = free.get()
             env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if device is not None else {})
             command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, f"--out={folder}"]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             free.put(device)
-            if done.returncode:
-                raise RuntimeError(f"{folder}: train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-        print(f"  {folder.parent.name}/{folder.name}: {read_log(folder)[-1]['loss']:.4f}", flush=True)
+            if done.returncode and not (done.returncode == 3 and may_fail):
+                said = done.stderr.strip().splitlines() or ["it said nothing"]
+                raise ValueError(f"{folder}: train.py ended with {done.returncode}: {said[-1]}")
+        print(f"  {folder.parent.name}/{folder.name}: {final_loss(folder):.4f}", flush=True)
 
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(one, jobs))
 
 
-def finished(folder):
-    return (folder / "log.jsonl").exists() and [e["event"] for e in read_log(folder)[-1:]] == ["done"]
+def finished(folder, flags):
+    """Whether a run is done. ValueError if it was another run: a table must not mix settings."""
+    if not (folder / "log.jsonl").exists():
+        return False
+    now = {"data_fingerprint": None, **vars(train.parse([*flags, f"--out={folder}"]))}
+    different = [name for name in train.changed(folder, now) if name != "data_fingerprint"]
+    if different:
+        raise ValueError(f"{folder} was trained with another --{different[0]}; choose another --name")
+    return read_log(folder)[-1]["event"] == "done"
+
+
+def final_loss(folder):
+    last = read_log(folder)[-1]
+    return last["loss"] if last["event"] == "done" else math.inf
 
 
 def summary(folder, arm, seed):
@@ -132,15 +157,16 @@ def summary(folder, arm, seed):
 # ----------------------------------------------------------------------------------------------------------------
 # Reading the numbers
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+        2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 def interval(values):
-    """(mean, half width of its 95% interval by Student's t), nan for fewer than two values."""
+    """(mean, half width of its 95% interval by Student's t), None for fewer than two values."""
     n = len(values)
     if n < 2:
-        return statistics.mean(values), math.nan
-    t = T_95[n - 2] if n - 2 < len(T_95) else 2.0
+        return statistics.mean(values), None
+    t = T_95[min(n - 2, len(T_95) - 1)]
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
@@ -166,7 +192,7 @@ def rows(runs, flags):
         own = [run for run in runs if run["arm"] == arm]
         losses = [loss(run) for run in own]
         row = {"arm": arm, "schedule": shown(flags[arm]), "n": len(own), "loss": statistics.mean(losses)}
-        row["std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
+        row["std"] = statistics.stdev(losses) if len(losses) > 1 else None
         full = [run for run in runs if run["arm"] == "full"]
         if full:
             steps = event(own[0], "done")["step"] / event(full[0], "done")["step"]
@@ -201,16 +227,18 @@ def jumps(runs):
     return [(arm, change, *map(statistics.mean, zip(*pairs)), len(pairs)) for (arm, change), pairs in found.items()]
 
 
-def markdown(title, table, changes, runs):
+def markdown(title, table, changes, runs, jobs):
     def number(pair):
-        return "" if pair is None else f"{pair[0]:+.3f} ± {pair[1]:.3f}"
+        return "" if pair is None else f"{pair[0]:+.3f}" + (f" ± {pair[1]:.3f}" if pair[1] is not None else "")
 
-    lines = [f"# {title}", ""]
     first = event(runs[0], "run")
-    lines += [
-        f"Text: {first['data']['source']}, fingerprint {first['data']['fingerprint']}. torch {first['versions']['torch']}, "
+    text, machine = first["data"], f"torch {first['versions']['torch']}, {first['device']}, {first['dtype']}"
+    lines = [
+        f"# {title}",
+        "",
+        f"Text: {text['source']}, fingerprint {text['fingerprint']}; {machine}, {first['threads']} threads a run,",
     ]
-    lines[-1] += f"{first['device']}, {first['dtype']}. Predicting by frequency: {first['unigram_loss']:.3f} nats."
+    lines += [f"{jobs} at a time. Predicting by frequency: {first['unigram_loss']:.3f} nats.", ""]
     lines += ["Differences are paired by seed: mean ± 95% interval (Student's t); below 0 is better than the other.", ""]
     lines += ["| arm | schedule | layer FLOPs | all FLOPs | time | held-out loss | minus full | minus full at equal FLOPs |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
@@ -218,7 +246,7 @@ def markdown(title, table, changes, runs):
         ratios = [
             f"{row[key]:.3f}x" if key in row else "" for key in ("relative_flops_layers", "relative_flops_step", "speed_up")
         ]
-        result = f"{row['loss']:.4f} ± {row['std']:.4f} ({row['n']})"
+        result = f"{row['loss']:.4f}" + (f" ± {row['std']:.4f}" if row["std"] is not None else "") + f" ({row['n']})"
         cells = [row["arm"], row["schedule"], *ratios, result, number(row["minus_full"]), number(row["minus_full_flops"])]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "FLOPs and time are factors: how many times as much full training takes. Held-out loss: mean ± standard"]
@@ -243,7 +271,9 @@ def draw_points(table, key, label, path):
     for row in table:
         baseline = row["arm"].startswith(("full", "shallow"))
         color = "black" if baseline else "tab:red" if row["arm"] == "raptr" else "tab:blue"
-        axes.errorbar(1 / row[key], row["loss"], row["std"], fmt="s" if baseline else "o", ms=5, lw=1, capsize=2, color=color)
+        axes.errorbar(
+            1 / row[key], row["loss"], row["std"] or 0, fmt="s" if baseline else "o", ms=5, lw=1, capsize=2, color=color
+        )
     spread(axes, [(1 / row[key], row["loss"], row["arm"]) for row in table])
     axes.set(xlabel=label, ylabel="held-out loss (nats), mean ± std over seeds")
     axes.spines[["top", "right"]].set_visible(False)
@@ -290,13 +320,13 @@ def draw_strips(runs, path):
     figure.savefig(path, dpi=110)
 
 
-def write_results(folder, title, runs, flags):
+def write_results(folder, title, runs, flags, jobs):
     """runs.jsonl, table.md, table.json and three figures."""
     folder.mkdir(parents=True, exist_ok=True)
     table, changes = rows(runs, flags), jumps(runs)
     (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     (folder / "table.json").write_text(json.dumps({"rows": table, "jumps": changes}, indent=1))
-    (folder / "table.md").write_text(markdown(title, table, changes, runs))
+    (folder / "table.md").write_text(markdown(title, table, changes, runs, jobs))
     draw_strips(runs, folder / "strips.png")
     if all("speed_up" in row for row in table):
         draw_points(table, "relative_flops_step", "FLOPs of the run, as a share of full training's", folder / "flops.png")
@@ -307,8 +337,42 @@ def write_results(folder, title, runs, flags):
 # ----------------------------------------------------------------------------------------------------------------
 
 
+def gpus():
+    """The GPUs that this process may use, by the names it may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = train.torch.cuda.device_count() if train.torch.cuda.is_available() else 0
+    return named.split(",") if named and there else list(range(there))
+
+
+def plan(arms, base, budget):
+    """{arm: its flags}, printed as it is made; arms that cannot meet the budget say so and are left out."""
+    print(f"\nbudget {budget:g}: {base.layers / budget:.2f} of {base.layers} layers a step, {base.steps} steps\n")
+    flags = {}
+    for arm in arms:
+        try:
+            flags[arm] = schedule(arm, base, budget)
+            print(f"  {arm:14} {shown(flags[arm])}")
+        except ValueError as error:
+            print(f"  {arm:14} not possible: {error}")
+    print(flush=True)
+    return flags
+
+
+def tune(flags, rates, seeds, common, out, devices, count):
+    """The flags of each arm with its best learning rate: lowest mean loss over `seeds`, which are not reported."""
+    folder = {(arm, rate, seed): out / f"{arm}-lr{rate:g}-{seed}" for arm in flags for rate in rates for seed in seeds}
+    trials = [(place, [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"]) for (a, r, s), place in folder.items()]
+    run_all(trials, devices, count, may_fail=True)
+    tuned = {}
+    for arm in flags:
+        mean = {rate: statistics.mean(final_loss(folder[arm, rate, seed]) for seed in seeds) for rate in rates}
+        tuned[arm] = [*flags[arm], f"--lr={min(mean, key=mean.get):g}"]
+    return tuned
+
+
 def main(argv):
-    parser = train.Parser(prog="compare.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    about = argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(prog="compare.py", allow_abbrev=False, formatter_class=about, description=__doc__)
     parser.add_argument("--config", default="configs/bert_toy.toml", help="preset of train.py")
     parser.add_argument("--methods", default="full,full_flops,raptr,stacking", help=f"of {', '.join(ARMS)}; or all")
     parser.add_argument("--seeds", type=train.count, default=3, help="how many")
@@ -320,12 +384,13 @@ def main(argv):
     parser.add_argument("--jobs", type=train.count, default=0, help="runs at a time; default one, or one per GPU")
     parser.add_argument("--plan", action="store_true", help="print the schedules and stop")
     args, more = parser.parse_known_args(argv)
-    common = [f"--config={args.config}", *more]
-    base = train.parse([*common, "--method=full"])
+    for flag in more:
+        if flag.split("=")[0] in ("--seed", "--method", "--out"):
+            parser.error(f"{flag}: compare.py sets that itself (--seeds, --methods, --name)")
     try:
         budgets = [float(b) for b in args.budget.split(",")]
         rates = [float(rate) for rate in args.lr.split(",")] if args.lr else []
-        if min(budgets) <= 1 or any(rate <= 0 for rate in rates):
+        if not all(map(math.isfinite, budgets + rates)) or min(budgets) <= 1 or min(rates, default=1) <= 0:
             raise ValueError
     except ValueError:
         parser.error("--budget takes numbers above 1, --lr numbers above 0, with commas between them")
@@ -334,40 +399,32 @@ def main(argv):
         if arm not in ARMS:
             parser.error(f"--methods: there is no {arm!r}{train.nearest(arm, ARMS)}")
 
-    devices = []
-    if base.device in ("auto", "cuda") and train.torch.cuda.is_available():
-        devices = list(range(train.torch.cuda.device_count()))
+    base = train.parse([f"--config={args.config}", *more, "--method=full"])
+    devices = gpus() if base.device in ("auto", "cuda") else []
     count = args.jobs or max(1, len(devices))
-    train.data.prepared(base.data, base.vocab)  # once, before several runs want it
-    for budget in budgets:
-        flags = {}
-        print(f"\nbudget {budget:g}: {base.layers / budget:.2f} of {base.layers} layers a step, {base.steps} steps\n")
-        for arm in arms:
-            try:
-                flags[arm] = schedule(arm, base, budget)
-                print(f"  {arm:14} {shown(flags[arm])}")
-            except ValueError as error:
-                print(f"  {arm:14} not possible: {error}")
-        print()
-        if args.plan:
-            continue
-        name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
-        out = Path("out/compare") / name
-        if len(rates) == 1:
-            flags = {arm: [*own, f"--lr={rates[0]:g}"] for arm, own in flags.items()}
-        elif rates:
-            seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
-            trials = {(a, r, s): [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"] for s in seeds for r in rates for a in flags}
-            run_all([(out / f"{a}-lr{r:g}-{s}", trial) for (a, r, s), trial in trials.items()], devices, count)
-            for arm in flags:
-                mean = {r: statistics.mean(read_log(out / f"{arm}-lr{r:g}-{s}")[-1]["loss"] for s in seeds) for r in rates}
-                flags[arm] = [*flags[arm], f"--lr={min(mean, key=mean.get):g}"]
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
-        work = [(arm, seed) for seed in seeds for arm in flags]
-        run_all([(out / f"{arm}-{seed}", [*common, *flags[arm], f"--seed={seed}"]) for arm, seed in work], devices, count)
-        runs = [summary(out / f"{arm}-{seed}", arm, seed) for arm, seed in work]
-        title = f"{name}: {base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}, at {budget:g}x"
-        write_results(Path("results") / name, title, runs, flags)
+    threads = [] if devices or count == 1 else [f"--threads={max(1, os.cpu_count() // count)}"]
+    common = [f"--config={args.config}", *threads, *more]
+    try:
+        for budget in budgets:
+            flags = plan(arms, base, budget)
+            if args.plan or not flags:
+                continue
+            train.data.prepared(base.data, base.vocab)  # once, before several runs want it
+            name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
+            out = Path("out/compare") / name
+            if len(rates) == 1:
+                flags = {arm: [*own, f"--lr={rates[0]:g}"] for arm, own in flags.items()}
+            elif rates:
+                seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
+                flags = tune(flags, rates, seeds, common, out, devices, count)
+            seeds = range(args.first_seed, args.first_seed + args.seeds)
+            work = [(arm, seed, out / f"{arm}-{seed}") for seed in seeds for arm in flags]
+            run_all([(folder, [*common, *flags[arm], f"--seed={seed}"]) for arm, seed, folder in work], devices, count)
+            runs = [summary(folder, arm, seed) for arm, seed, folder in work]
+            title = f"{name}: {base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}, at {budget:g}x"
+            write_results(Path("results") / name, title, runs, flags, count)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

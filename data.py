@@ -27,6 +27,7 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,15 @@ def text_pieces(file):
     """A .txt file, in the layout of BERT's own inputs: a blank line ends a document."""
     piece, size = [], 0
     for line in iter(lambda: file.readline(PIECE), ""):
-        if line.strip():
+        blank = not line.strip()
+        if piece and (blank or size >= PIECE):
+            yield ("".join(piece).rstrip("\n"), True) if blank else ("".join(piece), False)
+            piece, size = [], 0
+        if not blank:
             piece.append(line)
             size += len(line)
-        if piece and (size >= PIECE or not line.strip()):
-            yield "".join(piece).rstrip("\n"), not line.strip()
-            piece, size = [], 0
-    yield "".join(piece).rstrip("\n"), True
+    if piece:
+        yield "".join(piece).rstrip("\n"), True
 
 
 def jsonl_pieces(file, name):
@@ -120,17 +123,17 @@ def read_files(files):
         opener = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline=None) as file:
-                if ".jsonl" in path.suffixes:
+                if path.name.removesuffix(".gz").endswith(".jsonl"):
                     yield from jsonl_pieces(file, path)
                 else:
                     yield from text_pieces(file)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
-def held_out(text, fraction):
-    """Whether a document belongs to the held-out set: decided by a hash of its text (of the first piece of a long one)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+def chance(text, salt=""):
+    """A number in [0, 1) that belongs to a text, another one for each salt."""
+    return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:8], "big") / 2**64
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -144,12 +147,12 @@ def train_tokenizer(pieces, vocab):
     for text, _ in pieces:
         for start in range(0, len(text), 1000):  # sentencepiece leaves out sentences over 4192 bytes
             part = text[start : start + 1000]
-            if part.strip() and held_out(part, threshold):
+            if part.strip() and chance(part, "sample") < threshold:
                 sample.append(part)
                 size += len(part)
         while size > SAMPLE:
             threshold /= 2
-            sample = [part for part in sample if held_out(part, threshold)]
+            sample = [part for part in sample if chance(part, "sample") < threshold]
             size = sum(map(len, sample))
     if not sample:
         raise ValueError("the corpus has no text in it")
@@ -223,6 +226,7 @@ def open_shard(path, sha256):
         with open(path, "rb") as file:
             header = json.loads(file.read(HEADER))
             dtype, count, vocab = np.dtype(header["dtype"]), int(header["count"]), int(header["vocab"])
+            said = header["sha256"]
             if header["format"] != "raptr tokens" or header["dtype"] not in ("<u2", "<u4"):
                 raise ValueError
             size, expected = os.path.getsize(path), HEADER + count * dtype.itemsize
@@ -233,7 +237,7 @@ def open_shard(path, sha256):
         raise ValueError(f"{path}: not a token shard") from None
     if size != expected:
         raise ValueError(f"{path}: {size} bytes long, not the {expected} it was written with")
-    if not digest == header["sha256"] == sha256:
+    if not digest == said == sha256:
         raise ValueError(f"{path}: its bytes have changed since it was written (SHA-256 differs)")
     tokens = np.memmap(path, dtype, "r", HEADER, (count,))
     if any(int(tokens[i : i + (1 << 24)].max()) >= vocab for i in range(0, count, 1 << 24)):
@@ -245,11 +249,17 @@ def open_shard(path, sha256):
 # Preparing a corpus
 
 
+def cleaned(pieces):
+    """Pieces with what is no text, NUL and half characters, replaced."""
+    for text, ends in pieces:
+        yield re.sub("[\0\ud800-\udfff]", "\ufffd", text), ends
+
+
 def batched(pieces, size=1 << 20):
     """Lists of pieces, about `size` characters each."""
     batch, length = [], 0
     for text, ends in pieces:
-        batch.append((text.replace("\0", "\ufffd"), ends))
+        batch.append((text, ends))
         length += len(text)
         if length >= size:
             yield batch
@@ -259,7 +269,7 @@ def batched(pieces, size=1 << 20):
 
 def write_documents(pieces, choose, tokenizer, writers):
     """Encode documents, each closed by [SEP], into the shards of the split that `choose(its first piece)` names.
-    Returns the number of replacement characters seen: what was not valid UTF-8, or a NUL."""
+    Returns the number of replacement characters seen: what was not valid UTF-8, a NUL, half a character."""
     split, replaced = None, 0  # the split of the document we are in
     progress = tqdm(desc="encoding", unit=" characters", unit_scale=True, leave=False, disable=None)
     for batch in batched(pieces):
@@ -296,14 +306,14 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
     try:
         if tokenizer:
             load_tokenizer(tokenizer)
-        model = Path(tokenizer).read_bytes() if tokenizer else train_tokenizer(pieces(), vocab)
+        model = Path(tokenizer).read_bytes() if tokenizer else train_tokenizer(cleaned(pieces()), vocab)
         (folder / "tokenizer.model").write_bytes(model)
         processor = load_tokenizer(folder / "tokenizer.model")
         writers = {split: ShardWriter(folder, split, processor.vocab_size()) for split in ("train", "val")}
         share = 0.0 if val_pieces else val_fraction
-        replaced = write_documents(pieces(), lambda text: "val" if held_out(text, share) else "train", processor, writers)
+        replaced = write_documents(cleaned(pieces()), lambda text: "val" if chance(text) < share else "train", processor, writers)
         if val_pieces:
-            replaced += write_documents(val_pieces(), lambda text: "val", processor, writers)
+            replaced += write_documents(cleaned(val_pieces()), lambda text: "val", processor, writers)
         meta = {"version": VERSION, "source": source, "vocab": processor.vocab_size(), "replaced_characters": replaced}
         meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
         for split, writer in writers.items():
@@ -410,15 +420,16 @@ class Corpus:
         try:
             self.meta = meta = json.loads((folder / "meta.json").read_text())
             self.vocab, self.digests = meta["vocab"], [meta["tokenizer_sha256"], *meta["train"]["sha256"], *meta["val"]["sha256"]]
+            named = {split: list(zip(meta[split]["shards"], meta[split]["sha256"])) for split in ("train", "val")}
+            self.train_counts = np.array(meta["train_counts"], np.float64)
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{folder}: its meta.json cannot be read; prepare the corpus again") from None
         self.tokenizer = load_tokenizer(folder / "tokenizer.model")
         if hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
             raise ValueError(f"{folder / 'tokenizer.model'}: not the tokenizer this corpus was prepared with")
         self.shards = {}
-        for split in ("train", "val"):
-            named = zip(meta[split]["shards"], meta[split]["sha256"])
-            self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in named]
+        for split, entries in named.items():
+            self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in entries]
         self.fingerprint = hashlib.sha256("".join(self.digests).encode()).hexdigest()[:16]
         self.ends = {split: np.cumsum([len(s) for s in shards]) for split, shards in self.shards.items()}
 
@@ -465,7 +476,7 @@ class Corpus:
 
     def unigram_loss(self, targets):
         """Mean loss, in nats, of predicting targets by their frequency in the training text."""
-        counts = np.array(self.meta["train_counts"], np.float64)[SPECIAL:] + 1
+        counts = self.train_counts[SPECIAL:] + 1
         return float(-np.log(counts / counts.sum())[targets[targets != NO_TARGET] - SPECIAL].mean())
 
 
@@ -490,7 +501,8 @@ def demo():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a corpus, or show one masked example of the default one.")
+    about = "Prepare a corpus, or show one masked example of the default one."
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage=argparse.SUPPRESS, description=about)
     parser.add_argument("--input", nargs="+", help="files or folders of .txt, .jsonl, .txt.gz, .jsonl.gz")
     parser.add_argument("--out", help="the folder to write, which must not exist")
     parser.add_argument("--val", nargs="+", help="held-out text; without it a share of the documents is held out")

@@ -59,9 +59,16 @@ def pld(layers, steps, theta_bar=0.5, gamma=0.0, **more):
     return Dropped(keep, layers, inverse=True, **more)
 
 
-def theta_bar_for(mean_depth, layers):
-    """PLD's theta_bar for a mean depth, once theta(t) has settled: K/L = 1 - (1 - theta_bar) (L + 1) / (2 L)."""
-    return 1 - (1 - mean_depth / layers) * 2 * layers / (layers + 1)
+def theta_bar_for(mean_depth, layers, settling=0.0):
+    """PLD's theta_bar for a mean depth K: K/L = 1 - (1 - theta_bar) (1 - settling) (L + 1) / (2 L).
+    settling: mean of exp(-gamma t) over the run; 0 gives the depth that theta(t) settles at."""
+    return 1 - (1 - mean_depth / layers) * 2 * layers / (layers + 1) / (1 - settling)
+
+
+def mean_settling(steps, gamma=0.0):
+    """Mean of exp(-gamma t) over t = 1 .. steps."""
+    gamma = gamma or 100 / steps
+    return -math.expm1(-gamma * steps) / (steps * math.expm1(gamma))
 
 
 def layerdrop(layers, rate=0.2, **more):
@@ -75,6 +82,9 @@ def decreasing(layers, steps, p_max=1.0, depth="linear", staircase=None, gate="s
     depth: "uniform" drops all layers but the first and the last alike, at the same mean depth.
     staircase: a stage plan (raptr.py) whose lengths set the mean depth, in place of the line in time.
     """
+
+    if layers < 3:
+        raise ValueError(f"--method decreasing needs at least 3 layers, not {layers} (--layers)")
 
     def keep(step):
         if staircase is None:
@@ -106,7 +116,7 @@ class Ramp(Full):
 
 def demo(L=12, T=1000):
     methods = {
-        "PLD, theta_bar 0.5385": pld(L, T, theta_bar_for(9, L)),
+        "PLD, theta_bar for 9 of 12": pld(L, T, theta_bar_for(9, L, mean_settling(T))),
         "LayerDrop, rate 0.25": layerdrop(L, 0.25),
         "decreasing, p_max 1": decreasing(L, T, batch=8),
     }

@@ -19,13 +19,21 @@ READS = {
     "constant": DRAWN | {"mean_depth"},
     "pld": {"mean_depth", "theta_bar", "gamma"},
     "layerdrop": {"mean_depth", "drop_rate"},
-    "decreasing": STAGED | {"mean_depth", "p_max", "drop_time", "drop_depth", "drop_gate", "drop_scale"},
+    "decreasing": STAGED | {"full_warmup", "mean_depth", "p_max", "drop_time", "drop_depth", "drop_gate", "drop_scale"},
     "ramp": {"ramp_share"},
     **{name: STAGED | GROWN | {"full_warmup"} for name in GROWING},
     "jump": GROWN | {"mean_depth", "jump_from", "jump_at", "jump_init"},
 }
 
-# --stages auto, in parts of all layers: RaPTr's 6-8-10-12 and stacking's 6-9-12 for 12 layers, both 3/4 of the cost.
+
+def reads(args):
+    """The flags that the chosen method reads."""
+    other = STAGED | {"full_warmup"} if args.drop_time == "line" else {"mean_depth", "p_max"}
+    return READS[args.method] - (other if args.method == "decreasing" else set())
+
+
+# --stages auto, in parts of all layers: for 12 layers RaPTr's 6-8-10-12 and stacking's 6-9-12 (3/4 of the cost),
+# progressive's doubling from 3, and mslt's 6-9-12 with a stage at the end that trains them all.
 AUTO = {"progressive": (1 / 4, 1 / 2, 1), "stacking": (1 / 2, 3 / 4, 1), "midas": (1 / 2, 3 / 4, 1), "mslt": (1 / 2, 3 / 4, 1, 1)}
 
 
@@ -59,15 +67,15 @@ def choose(args):
     if kind == "constant":
         return RaPTr([Stage(1, T, K or 0.75 * L)], L, fixed_layers(args), args.sampling, args.scaling, args.seed)
     if kind == "pld":
-        theta_bar = layerdrop.theta_bar_for(K, L) if K else args.theta_bar
+        theta_bar = layerdrop.theta_bar_for(K, L, layerdrop.mean_settling(T, args.gamma)) if K else args.theta_bar
         if theta_bar < 0:
             raise ValueError(f"--mean_depth {K:g}: progressive layer dropping keeps at least {(L - 1) / 2:g} of {L} layers")
         return layerdrop.pld(L, T, theta_bar, args.gamma, seed=args.seed)
     if kind == "layerdrop":
         return layerdrop.layerdrop(L, 1 - K / L if K else args.drop_rate, seed=args.seed)
     if kind == "jump":
-        at = (L - K) / (L - args.jump_from) if K else args.jump_at
-        if args.jump_from >= L or not 0 < at < 1:
+        at = (L - K) / max(1, L - args.jump_from) if K else args.jump_at
+        if args.jump_from >= L or not 1 <= round(at * T) < T:
             raise ValueError(f"--jump_from {args.jump_from}: no jump from there to {L} layers has this cost (--mean_depth)")
         plan = [Stage(1, round(at * T), args.jump_from), Stage(round(at * T) + 1, T, L)]
         return Stacking(progressive if args.jump_init == "copy" else fresh, plan, L)
@@ -76,8 +84,9 @@ def choose(args):
         if p_max > 1:
             raise ValueError(f"--mean_depth {K:g}: decreasing dropout on a line keeps at least {0.75 * L:g} of {L} layers")
     else:
-        plan = stage_plan(stages(args), T, L, args.alpha, args.full_warmup)
-        p_max = None
+        if kind == "decreasing" and K:
+            raise ValueError("--mean_depth settles decreasing dropout on a line; with --drop_time staircase give --stages")
+        plan, p_max = stage_plan(stages(args), T, L, args.alpha, args.full_warmup), None
     if kind == "decreasing":
         more = {"gate": args.drop_gate, "inverse": args.drop_scale == "inverse", "batch": args.batch, "seed": args.seed}
         return layerdrop.decreasing(L, T, p_max, args.drop_depth, plan, **more)

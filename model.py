@@ -6,7 +6,8 @@ Not here: which layers to run (raptr.py), the data (data.py), the optimizer (tra
     python model.py             parameters and FLOPs of every preset in configs/
 
 Sources: BERT (Devlin et al., arXiv 1810.04805); pre-LN (Xiong et al., arXiv 2002.04745); rotary positions
-(Su et al., arXiv 2104.09864). `--norm post --positions learned --dropout 0.1 --init_std 0.02` is BERT as published.
+(Su et al., arXiv 2104.09864). `--norm post --positions learned --dropout 0.1 --init_std 0.02` is BERT as published, but for
+token types and the epsilon of its norms (1e-12 there, 1e-5 here).
 
 Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked positions per sequence.
 """
@@ -117,7 +118,7 @@ class PostBlock(Block):
 
 
 class BERT(nn.Module):
-    """seed: of the initial weights. Models of one seed that differ in depth begin with the same draws where both have a layer."""
+    """seed: of the initial weights. Models of one seed that differ in depth begin with the same draws in the layers both have."""
 
     def __init__(self, config, seed=0):
         super().__init__()

@@ -26,7 +26,8 @@ class Subnetwork:
     layers: indices of the kept layers, rising; an empty tuple means no layer at all.
     scale: one multiplier per kept layer, applied once to the block's whole update; None means 1 for each.
     rows: for each kept layer the sequences of the batch it runs on; None means all of them.
-    frozen: how many of the kept layers, from the bottom, run without being trained (and the embedding below them).
+    frozen: how many of the kept layers, from the bottom, run without being trained nor the look-up below
+        them; the token embedding still learns as the head's matrix, to which it is tied.
     """
 
     layers: tuple[int, ...]
@@ -70,7 +71,7 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
     Raises ValueError for a plan that falls, does not end at `layers`, or is longer than the run.
     """
     text = "-".join(f"{k:g}" for k in lengths)
-    if not lengths or any(b < a for a, b in zip(lengths, lengths[1:])):
+    if not all(map(math.isfinite, lengths)) or any(b < a for a, b in zip(lengths, lengths[1:])):
         raise ValueError(f"--stages {text}: the number of layers must not fall from stage to stage")
     if lengths[0] < 0 or lengths[-1] != layers:
         raise ValueError(f"--stages {text}: the last stage trains the full model, so it must be {layers} (--layers)")
@@ -159,8 +160,8 @@ def draw_layers(rng, k, layers, fixed, sampling):
 
 
 def path_scale(kept, k, layers, fixed, scaling):
-    """Multipliers for the kept layers; every rule gives 1 for the full model. The paper tries a scaling whose formula
-    we could not read; these are the candidates, and the default is `none`.
+    """Multipliers for the kept layers; the full model is never scaled. The paper tries a scaling whose formula we could
+    not read; these are the candidates, and the default is `none`.
 
     gap: sqrt(distance to the kept layer below): a layer stands in for the skipped ones before it;
     uniform: sqrt(L / k); inverse: 1 / p on the layers that could have been dropped, as in PLD.
@@ -225,7 +226,7 @@ def draw(layers, length):
 def demo():
     import argparse
 
-    parser = argparse.ArgumentParser(description="Draw a stage plan, sampled paths, and their cost.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw a stage plan, sampled paths, and their cost.")
     parser.add_argument("--stages", default="6-8-10-12")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--alpha", type=float, default=0.0)
@@ -237,7 +238,7 @@ def demo():
         lengths = [float(k) for k in args.stages.split("-")]
         plan = stage_plan(lengths, args.steps, args.layers, args.alpha, args.full_warmup)
         method = RaPTr(plan, args.layers, {0, args.layers - 1}, seed=args.seed)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         parser.exit(2, f"raptr.py: {error}\n")
     print(f"\n  RaPTr {args.stages}: which of {args.layers} layers train (filled) at a step\n")
     for number, stage in enumerate(plan):
@@ -247,8 +248,9 @@ def demo():
             kept = range(args.layers) if subnetwork is None else subnetwork.layers
             print(f"    step {step:4d}  {draw(kept, args.layers)}")
     mean = mean_layers(method, args.steps)
-    print(f"\n  mean layers a step {mean:.3f} of {args.layers}: {args.layers / mean:.3f}x fewer layer FLOPs than full", end="")
-    print(f" training\n  ({1 - mean / args.layers:.1%} saved; embeddings and head, which always run, are not counted)\n")
+    relative = args.layers / mean
+    print(f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {relative:.3f} times as many layer FLOPs")
+    print(f"  ({1 - mean / args.layers:.1%} saved; embeddings and head, which always run, are not counted)\n")
 
 
 if __name__ == "__main__":

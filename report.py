@@ -22,7 +22,7 @@ def read_log(run):
 
 
 def draw_run(run):
-    """loss.png: loss over FLOPs, and below it which layers trained. Needs matplotlib; without it, no figure."""
+    """loss.png: loss over the steps, and below it which layers ran. Needs matplotlib; without it, no figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def draw_run(run):
     cells = [[layer in e["layers"] for e in columns] for layer in range(L)]
     strip.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest",
                  extent=(steps[0]["step"] - 1, steps[-1]["step"], -0.5, L - 0.5))  # fmt: skip
-    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title="layers that trained (a sample of the steps)")
+    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title="layers that ran (a sample of the steps)")
     strip.title.set_fontsize(9)
     for axes in (top, strip):
         axes.spines[["top", "right"]].set_visible(False)
@@ -77,7 +77,7 @@ def summarize(run):
     print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {first['unigram_loss']:.3f}")
     print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
     print(f"  all FLOPs       full training costs {whole:.3f} times as many ({1 - 1 / whole:.1%} saved): the head always runs")
-    print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{max(run.glob('step_*')).name}\n")
+    print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{max(run.glob('step_*[0-9]')).name}\n")
 
 
 if __name__ == "__main__":

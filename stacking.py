@@ -96,7 +96,7 @@ class Stacking(Staged):
 
     def sources(self, n, m):
         """Where the layers of a network of depth m come from when it had n."""
-        return list(range(m)) if m < n else self.kind(n, m)
+        return list(range(m)) if m <= n else self.kind(n, m)
 
     def subnetwork(self, step):
         depth, stage = self.depth(step), self.stage(step)

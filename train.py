@@ -37,7 +37,7 @@ def number(kind, rule, holds):
             value = kind(text)
             if math.isfinite(value) and holds(value):
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
 
@@ -60,7 +60,7 @@ def flags():
     parser = Parser(
         prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a transformer, one subnetwork per step. The same command continues a stopped run.",
-        epilog="A preset sets any of these names; a flag beats the preset. Where neither speaks, BERT as published does.\n"
+        epilog="A preset sets any of these names; a flag beats the preset. Where neither speaks, pre-LN BERT-Base does.\n"
         "exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite; 4 no usable checkpoint; 75 stopped, state saved",
     )  # fmt: skip
 
@@ -77,13 +77,15 @@ def flags():
     flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
     flag("data", str, "", "prepared corpus (data.py), or text files or a folder of them; default: this machine's own manual")
     flag("init", str, "", "start from the weights of this run folder")
-    flag("seed", natural, 0, "of weights, data order, masks, paths and dropout")
+    whole = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
+    flag("seed", whole, 0, "of weights, data order, masks, paths and dropout")
     flag("steps", count, 1_000_000, "optimizer steps")
 
     group = parser.add_argument_group("method: which part trains at a step")
     flag("method", str, "raptr", "who decides", choices=methods.NAMES)
-    flag("stages", str, "auto", "layers per stage, like 6-8-10-12; auto: stages at 3/4 of the cost, as published")
-    flag("alpha", number(float, "a number", lambda x: True), 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
+    flag("stages", str, "auto", "layers per stage, like 6-8-10-12; auto: the published plan of each method")
+    exponent = number(float, "a number from -20 to 20", lambda x: abs(x) <= 20)
+    flag("alpha", exponent, 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
     flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
     flag("mean_depth", positive, None, "mean layers a step; settles constant, pld, layerdrop, decreasing, jump")
     flag("skipped_grad", str, "none", "gradient of a skipped layer: none leaves it alone, zero lets its moments decay and "
@@ -199,11 +201,13 @@ def parse(argv):
             raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch {args.micro_batch}")
         if args.warmup >= args.steps:
             raise ValueError(f"--warmup {args.warmup:g} must be below --steps {args.steps}")
+        if args.method == "mslt" and args.skipped_grad == "zero":
+            raise ValueError("--skipped_grad zero would move the layers that --method mslt keeps as they are")
         methods.choose(args)
     except ValueError as error:
         parser.error(str(error))
-    given = {argument.split("=")[0].removeprefix("--") for argument in argv}
-    for name in sorted(given & (set.union(*methods.READS.values()) - methods.READS[args.method])):
+    given = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
+    for name in sorted(given & (set.union(*methods.READS.values()) - methods.reads(args))):
         print(f"warning: --method {args.method} ignores --{name}", file=sys.stderr)
     return args
 
@@ -338,11 +342,20 @@ def load_moments(model, optimizer, tensors):
             value.copy_(tensors[f"{key}.{name}"])
 
 
+def changed(run, flags_now):
+    """{name: value then} of the flags that a run began with, may not change, and are others now."""
+    try:
+        then = json.loads((run / "config.json").read_text())
+    except ValueError:
+        raise ValueError(f"{run / 'config.json'}: not readable; choose another --out") from None
+    return {name: value for name, value in then.items() if name not in MAY_CHANGE and flags_now.get(name) != value}
+
+
 def open_log(run, step):
     """(log.jsonl, open for appending; its events so far). What it holds of later steps than `step` is dropped,
     as it will come again."""
     path = run / "log.jsonl"
-    earlier = [e for e in report.read_log(run) if e.get("step", 0) <= step] if step else []
+    earlier = [e for e in report.read_log(run) if e.get("step", 0) <= step] if step and path.exists() else []
     path.with_suffix(".tmp").write_text("".join(json.dumps(e) + "\n" for e in earlier))
     path.with_suffix(".tmp").rename(path)
     return open(path, "a"), earlier
@@ -373,10 +386,19 @@ def main(args):
     method = methods.choose(args)
     examples = method.examples()
 
-    # --- run folder, and what an earlier start left in it ----------------------------------------------------------
+    # --- model -----------------------------------------------------------------------------------------------------
+    names = transformer.Config.__dataclass_fields__
+    config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
+    model = transformer.BERT(config, args.seed).to(device)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if args.method == "jump" else None
+    model.blocks = model.blocks[: method.depth(1)]
     run = Path(args.out)
-    if args.init and not checkpoint.folders(args.init):
-        raise ValueError(f"--init {args.init}: there is no checkpoint in it")
+    if args.init and not checkpoint.folders(run):
+        if not checkpoint.folders(args.init):
+            raise ValueError(f"--init {args.init}: there is no checkpoint in it")
+        load_weights(model, checkpoint.load(checkpoint.folders(args.init)[-1], device)[0]["model"], f"--init {args.init}")
+
+    # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
@@ -387,29 +409,22 @@ def main(args):
         raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
     flags_now = {**vars(args), "data_fingerprint": corpus.fingerprint}
     if (run / "config.json").exists():
-        for name, then in json.loads((run / "config.json").read_text()).items():
-            if name not in MAY_CHANGE and flags_now.get(name) != then:
-                now = flags_now.get(name)
-                raise ValueError(f"--out {run}: this run began with --{name} {then}, not {now}; choose another --out")
+        for name, then in changed(run, flags_now).items():
+            what = "another text" if name == "data_fingerprint" else f"--{name} {then}, not {flags_now.get(name)}"
+            raise ValueError(f"--out {run}: this run began with {what}; choose another --out")
     else:
         (run / "config.tmp").write_text(json.dumps(flags_now, indent=1))
         (run / "config.tmp").rename(run / "config.json")
     tensors, meta = checkpoint.load_newest(run, device) or (None, {"step": 0, "flops": 0, "seconds": 0.0})
     step, flops, seconds = meta["step"], meta["flops"], meta["seconds"]
 
-    # --- model and optimizer -------------------------------------------------------------------------------------
-    names = transformer.Config.__dataclass_fields__
-    config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
-    model = transformer.BERT(config, args.seed).to(device)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if args.method == "jump" else None
-    model.blocks = model.blocks[: method.depth(max(1, step))]
-    if args.init and step == 0:
-        load_weights(model, checkpoint.load_newest(args.init, device)[0]["model"], args.init)
-    elif step:
+    if step:
+        resize(model, method.depth(step))
         load_weights(model, tensors["model"], "the checkpoint")
     optimizer = make_optimizer(model, args)
     if step:
         load_moments(model, optimizer, tensors["optimizer"])
+    del tensors
     if args.compile:
         compile_blocks(model)
 
@@ -425,14 +440,19 @@ def main(args):
     def save(step):
         meta = {"step": step, "flops": flops, "seconds": seconds, "flags": flags_now}
         meta["tokenizer_sha256"] = corpus.meta["tokenizer_sha256"]
-        checkpoint.save(run, step, state(model, optimizer), meta, args.keep)
+        try:
+            checkpoint.save(run, step, state(model, optimizer), meta, args.keep)
+        except OSError as error:  # a full disk, say: older checkpoints are as they were
+            if step == args.steps or stopped:
+                raise Stop(1, f"the state at step {step} could not be saved: {error}") from None
+            bar.write(f"warning: no checkpoint at step {step}, training goes on: {error}", file=sys.stderr)
 
     slots = fixed[1].shape[1]  # masked positions per sequence
     price = functools.partial(transformer.flops, config, args.batch, slots)  # of a step, by its layers
     mean = mean_layers(method, args.steps)
     if step == 0:
         record(
-            "run", params=sum(p.numel() for p in model.parameters()), relative_flops_layers=args.layers / mean,
+            "run", params=transformer.parameters(config), relative_flops_layers=args.layers / mean,
             relative_flops_step=price() / price(mean),
             unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, world_size=1, device=device,
             dtype=str(dtype), threads=torch.get_num_threads(),
@@ -440,14 +460,15 @@ def main(args):
             versions={"python": platform.python_version(), "torch": torch.__version__}, flags=flags_now,
         )  # fmt: skip
     else:
-        record("resume", step=step, threads=torch.get_num_threads())
+        record("resume", step=step, device=device, dtype=str(dtype), threads=torch.get_num_threads())
 
     # --- the loop ------------------------------------------------------------------------------------------------
     stopped = []
 
-    def stop(signum, frame):  # the first signal lets the step finish, the second is the system's
+    def stop(signum, frame):  # the first signal lets the step finish, a second one is the system's to handle
         stopped.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
@@ -491,6 +512,8 @@ def main(args):
             raise Stop(3, f"step {step}, layers {kept}: loss {loss}, gradient norm {norm}; nothing was updated or saved")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
         took = time.perf_counter() - began
         cost = len(kept) if subnetwork is None else subnetwork.cost(args.batch)

@@ -56,7 +56,7 @@ def test_full_costs_are_kept_where_they_should_be():
 def test_intervals_by_a_table_of_students_t():
     mean, half = compare.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))  # standard deviation 1
-    assert math.isnan(compare.interval([1.0])[1])
+    assert compare.interval([1.0]) == (1.0, None)
 
 
 def test_differences_are_paired_by_seed():
@@ -94,7 +94,7 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
     assert same_losses[0].split("|")[6] in capsys.readouterr().out
 
 
-def test_all_arms_of_a_seed_share_start_and_data(tmp_path, corpus, monkeypatch):
+def test_all_arms_of_a_seed_share_their_start(tmp_path, corpus, monkeypatch):
     """With a learning rate of nearly zero every arm of one depth must end at the same held-out loss."""
     monkeypatch.chdir(tmp_path)
     flags = "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 16 --lr_schedule wsd"
@@ -104,12 +104,42 @@ def test_all_arms_of_a_seed_share_start_and_data(tmp_path, corpus, monkeypatch):
     assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-6
 
 
+def test_schedules_that_cannot_be_are_not_planned():
+    with pytest.raises(ValueError):
+        compare.schedule("midas", base("--layers", "10"), 1.333)
+    with pytest.raises(ValueError):
+        compare.schedule("raptr", base("--layers", "4"), 2)  # two pinned layers leave nothing to draw from
+    warm = base("--full_warmup", "400")
+    args = train.parse([*compare.schedule("raptr", warm, 1.333), "--full_warmup=400"])
+    method = train.methods.choose(args)
+    assert sum(method.expected_layers(step) for step in range(1, 1601)) / 1600 == pytest.approx(9, abs=0.02)
+
+
+def test_a_table_does_not_mix_settings(tmp_path, corpus, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--methods full --seeds 1 --layers 2 --width 16 --heads 2 --seq 32 --batch 4 --threads 1 --eval_sequences 8 --data"
+    compare.main([*flags.split(), str(corpus), "--steps", "3"])
+    with pytest.raises(SystemExit):
+        compare.main([*flags.split(), str(corpus), "--steps", "4"])
+    assert "another --steps" in capsys.readouterr().err
+
+
 def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
     compare.main(["--methods", "decreasing,raptr", "--budget", "2", "--plan"])
     assert "not possible" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, word", [("--methods raptor", "raptr"), ("--budget 0.5", "--budget"), ("--layres 4", "--layers")])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--methods raptor", "raptr"),
+        ("--budget 0.5", "--budget"),
+        ("--layres 4", "--layers"),
+        ("--budget nan", "--budget"),
+        ("--seed 3", "--seeds"),
+        ("--data /nowhere", "/nowhere"),
+    ],
+)
 def test_bad_flags(flags, word):
     command = [sys.executable, "compare.py", *flags.split()]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -34,7 +34,12 @@ def test_every_document_comes_out_as_it_went_in(corpus, text):
 
 
 def test_txt_jsonl_and_gz_hold_the_same_documents(tmp_path, text):
-    strange = ["naïve Ærøskøbing 東京 🦖 [MASK] [SEP] </s>", "  two  blanks,\ttab\nand a second line", "x" * 200_000]
+    strange = [
+        "naïve Ærøskøbing 東京 🦖 [MASK] [SEP] </s>",
+        "  two  blanks,\ttab\nand a second line",
+        "x" * 200_000,
+        "one line\n" * 20_000 + "end",
+    ]
     documents = text[:300] + strange
     (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": d, "id": 1}) + "\n" for d in documents))
@@ -61,6 +66,22 @@ def test_what_is_not_utf8_is_replaced_and_counted(tmp_path, text):
     assert shown.returncode == 0 and "2 characters could not be read" in shown.stdout
     corpus = Corpus(tmp_path / "out")
     assert "one \ufffd two \ufffd three" in documents_of(corpus, "train") + documents_of(corpus, "val")
+
+
+def test_half_a_character_is_replaced_too(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in [*text[:300], "half \ud800 here"]))
+    assert run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab", 512).returncode == 0
+    assert Corpus(tmp_path / "out").meta["replaced_characters"] == 1
+
+
+def test_the_tokenizer_sample_is_not_the_held_out_text(text, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", 4_000)
+    seen = []
+    trainer = data.sentencepiece.SentencePieceTrainer
+    monkeypatch.setattr(trainer, "train", lambda sentence_iterator, **_: seen.extend(sentence_iterator))
+    with pytest.raises(FileNotFoundError):
+        data.train_tokenizer(((d, True) for d in text), 512)
+    assert len(seen) > 10 and sum(data.chance(d) < 0.05 for d in seen) < len(seen) / 3
 
 
 def test_one_huge_line_needs_little_memory(tmp_path, text):
@@ -173,13 +194,18 @@ def test_evaluation_is_fixed_and_held_out(corpus):
     one = Corpus(corpus).fixed(10, 32)
     for a, b in zip(one, Corpus(corpus).fixed(10, 32)):
         np.testing.assert_array_equal(a, b)
-    everything = Corpus(corpus).fixed(10**9, 32)[0]
-    assert len(everything) == Corpus(corpus).count("val", 32)
+    corpus = Corpus(corpus)
+    inputs, masked, targets = corpus.fixed(10**9, 32)
+    real = targets != NO_TARGET
+    for row in range(len(inputs)):
+        inputs[row, masked[row, real[row]]] = targets[row, real[row]]
+    held = np.concatenate(corpus.shards["val"])
+    np.testing.assert_array_equal(inputs[:, 1:].ravel(), held[: len(held) // 31 * 31])
 
 
 def test_unigram_loss_by_hand(corpus):
     corpus = Corpus(corpus)
-    corpus.meta["train_counts"] = [99] * 5 + [2, 5] + [0] * 505  # plus one each: 3 and 6 of 514
+    corpus.train_counts = np.array([99] * 5 + [2, 5] + [0] * 505)  # plus one each: 3 and 6 of 514
     expected = -(np.log(3 / 514) + np.log(6 / 514) * 2 + np.log(1 / 514)) / 4
     assert corpus.unigram_loss(np.array([5, 6, 6, NO_TARGET, 7])) == pytest.approx(expected)
 
@@ -199,6 +225,7 @@ def test_unigram_loss_by_hand(corpus):
         ("a.jsonl", b"[1, 2]\n", "line 1"),
         ("a.txt.gz", b"not gzip", "cannot be read"),
         ("a.txt.gz", gzip.compress(b"cut off " * 10_000)[:-20], "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"one bit flips " * 10_000)[:60] + b"\xff" * 300, "cannot be read"),
         ("a.pdf", b"%PDF", "no .txt"),
         (None, b"", "no such file"),
     ],

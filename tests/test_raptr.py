@@ -150,6 +150,6 @@ def test_bad_fixed_sets_are_refused():
 def test_no_torch_and_a_demo():
     subprocess.run([sys.executable, "-c", "import sys, raptr; assert 'torch' not in sys.modules"], check=True, cwd=ROOT)
     shown = subprocess.run([sys.executable, "raptr.py"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
-    assert "1.333x" in shown and shown.count("██") > 50
+    assert "1.333 times" in shown and shown.count("██") > 50
     bad = subprocess.run([sys.executable, "raptr.py", "--stages", "8-6"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1

@@ -36,7 +36,8 @@ def trajectory(run):
 
 
 def weights(run):
-    return load_file(max(run.glob("step_*")) / "model.safetensors")
+    file = max(run.glob("step_*[0-9]")) / "model.safetensors"
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # a copy: the file may be damaged later
 
 
 def same(a, b):
@@ -158,7 +159,7 @@ def test_a_signal_saves_and_the_same_command_continues(tiny, tmp_path, name):
     reference = go([*tiny[:-1], str(tmp_path / "reference")], "--steps", 400)
     process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     run = tmp_path / "run"
-    while not (run / "log.jsonl").exists() or len(events_so_far(run)) < 20:
+    while process.poll() is None and (not (run / "log.jsonl").exists() or len(events_so_far(run)) < 20):
         time.sleep(0.01)
     process.send_signal(getattr(signal, name))
     stderr = process.communicate()[1]
@@ -211,7 +212,7 @@ def test_other_flags_are_refused_with_both_values(tiny):
 def test_two_runs_in_one_folder(tiny, tmp_path):
     first = subprocess.Popen([sys.executable, "train.py", *tiny, "--steps", "100000"], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "run" / "log.jsonl").exists():
+        while first.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
             time.sleep(0.02)
         shown = command([*tiny, "--steps", "100000"])
         assert shown.returncode == 2 and "another process" in shown.stderr
@@ -226,7 +227,8 @@ def test_two_runs_in_one_folder(tiny, tmp_path):
 def test_a_loss_that_is_not_finite_ends_with_3(tiny, tmp_path):
     shown = command(tiny, "--lr", "1e20", "--clip", 0, "--warmup", 0, "--save_every", 1, "--keep", 99)
     assert shown.returncode == 3 and "step" in shown.stderr and "layers" in shown.stderr, shown.stderr
-    saved = sorted((tmp_path / "run").glob("step_*"))
+    saved = sorted((tmp_path / "run").glob("step_*[0-9]"))
+    assert saved
     assert all(torch.isfinite(t).all() for folder in saved for t in load_file(folder / "model.safetensors").values())
 
 
@@ -260,6 +262,15 @@ BAD = """
 --method raptor | raptr
 --norm middle | --norm
 --layres 4 | --layers
+--alpha 1000 | --alpha
+--steps 1e400 | --steps
+--seed 99999999999999999999 | --seed
+--stages 2-nan-4 | --stages
+--method midas --stages 4-4-2 | --stages
+--method decreasing --layers 2 | --layers
+--method decreasing --drop_time staircase --mean_depth 3 | --mean_depth
+--method jump --jump_at 0.9999 | --jump_from
+--method mslt --stages 2-4 --skipped_grad zero | --skipped_grad
 --unknown 4 | --unknown
 --seed -1 | --seed
 --keep 0 | --keep
@@ -270,7 +281,9 @@ BAD = """
 """
 
 
-@pytest.mark.parametrize("flags, word", [line.split(" | ") for line in BAD.strip().splitlines()])
+@pytest.mark.parametrize(
+    "flags, word", [*(line.split(" | ") for line in BAD.strip().splitlines()), (f"--lr 1{'0' * 400}", "--lr")]
+)
 def test_a_bad_flag_is_one_sentence_and_nothing_is_created(tiny, tmp_path, flags, word, capsys):
     if "/nowhere" in word and "toml" not in word:  # found only after torch is loaded
         shown = command(tiny, *flags.split())
@@ -325,6 +338,31 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path):
     shown = command(tiny)
     tmp_path.chmod(0o700)
     assert shown.returncode == 2 and "--out" in shown.stderr
+
+
+def test_every_method_has_its_own_published_plan():
+    """Of a plain `--method NAME`, with the presets as they are."""
+    plans = {}
+    for name in ("raptr", "stacking", "progressive", "midas", "mslt"):
+        plans[name] = [stage.length for stage in train.methods.choose(train.parse(["--method", name])).plan]
+    assert plans == {
+        "raptr": [6, 8, 10, 12], "stacking": [6, 9, 12], "progressive": [3, 6, 12], "midas": [6, 9, 12], "mslt": [6, 9, 12, 12],
+    }  # fmt: skip
+
+
+def test_a_full_disk_does_not_end_the_training(tiny, monkeypatch, capsys):
+    save, failed = train.checkpoint.save_file, []
+
+    def full_disk(tensors, path):
+        if len(failed) < 2:
+            failed.append(path)
+            raise train.checkpoint.SafetensorError("No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(train.checkpoint, "save_file", full_disk)
+    run = go(tiny, "--save_every", 4)
+    assert events(run)[-1]["event"] == "done" and len(failed) == 2 and "No space left" in capsys.readouterr().err
+    assert [folder.name for folder in run.glob("step_*")] == ["step_00000012"] and not list(run.glob("*.tmp"))
 
 
 def test_help_does_not_wait_for_torch():
