@@ -39,8 +39,9 @@ def number(kind, rule, holds):
                 return value
         except (ValueError, OverflowError):
             pass
-        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {rule}, not {text[:40]!r}")
 
+    convert.letter = "N" if kind is int else "X"
     return convert
 
 
@@ -58,14 +59,15 @@ class Parser(argparse.ArgumentParser):
 
 def flags():
     parser = Parser(
-        prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="train.py", usage="python train.py [--config FILE.toml] [--flag value ...]", allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=118),
         description="Train a transformer, one subnetwork per step. The same command continues a stopped run.",
         epilog="A preset sets any of these names; a flag beats the preset. Where neither speaks, pre-LN BERT-Base does.\n"
         "exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite; 4 no usable checkpoint; 75 stopped, state saved",
     )  # fmt: skip
 
     def flag(name, type, default, help, choices=None):
-        names = "|".join(choices) if choices else {count: "N", natural: "N", str: "S"}.get(type, "X")
+        names = "|".join(choices) if choices else getattr(type, "letter", "S")
         shown = f" [{default:g}]" if isinstance(default, float) else f" [{default}]" if default not in ("", None) else ""
         group.add_argument(f"--{name}", type=type, default=default, choices=choices, metavar=names, help=help + shown)
 
