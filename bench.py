@@ -21,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,11 +41,13 @@ def median(values):
     return statistics.median(values)
 
 
-def interleaved(candidates, rounds, warmup=3):
-    """Seconds per call of each candidate, {name: [one per round]}, called in turn."""
+def interleaved(candidates, rounds, warmup=3, pause=0.0):
+    """Seconds per call of each candidate, {name: [one per round]}, called in turn. pause: seconds before each call, for
+    the threads of another process to fall asleep."""
     times = {name: [] for name in candidates}
     for round in range(-warmup, rounds):
         for name, call in candidates.items():
+            time.sleep(pause)
             began = time.perf_counter()
             call()
             if round >= 0:
@@ -179,7 +182,7 @@ def bench_rival(args, config, report):
         process.stdin.flush()
         assert process.stdout.readline() == "done\n"
 
-    times = interleaved({name: lambda process=process: ask(process) for name, process in workers.items()}, args.rounds)
+    times = interleaved({name: lambda process=process: ask(process) for name, process in workers.items()}, args.rounds, pause=0.3)
     for process in workers.values():
         process.communicate()
     per_step = args.batch * config.seq
@@ -204,8 +207,8 @@ def bench_data(args, config, report):
 
 
 def bench_memory(args, config, report):
-    import tempfile
-
+    if not Path("/proc/self/status").exists():
+        return print("  memory: read from /proc, which this system does not have; not run")
     with tempfile.TemporaryDirectory() as folder:
         toy = f"import runpy, sys; sys.argv = ['train.py', '--steps', '30', '--out', '{folder}/run']"
         commands = {
@@ -213,9 +216,9 @@ def bench_memory(args, config, report):
             "preparing the manual": f"import data; data.prepare(data.manual, '{folder}/corpus', 4096)",
         }
         for name, code in commands.items():
-            code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            code += "\nprint([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
             shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
-            peak = int(shown.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+            peak = int(shown.split()[-1]) * 1024
             print(f"  peak memory of {name:20} {peak / 2**20:6.0f} MiB")
             report[f"peak_bytes_{name.replace(' ', '_')}"] = peak
 
