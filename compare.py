@@ -28,6 +28,7 @@ from pathlib import Path
 
 import methods
 import train
+from raptr import Subnetwork
 from report import read_log
 
 ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], "shallow", "shallow_flops"]
@@ -148,10 +149,8 @@ def final_loss(folder):
 def summary(folder, arm, seed):
     """One run as one object, everything but its single steps: what results/ keeps."""
     events = read_log(folder)
-    steps = [e for e in events if e["event"] == "step"]
-    kept = [e for e in events if e["event"] != "step"]
-    strip = [steps[i * len(steps) // 100]["layers"] for i in range(100)] if len(steps) > 100 else [e["layers"] for e in steps]
-    return {"arm": arm, "seed": seed, "seconds": math.fsum(e["seconds"] for e in steps), "strip": strip, "events": kept}
+    seconds = math.fsum(e["seconds"] for e in events if e["event"] == "step")
+    return {"arm": arm, "seed": seed, "seconds": seconds, "events": [e for e in events if e["event"] != "step"]}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -293,8 +292,23 @@ def spread(axes, points):
         axes.annotate(name, (x, y), (x + 0.02, at), fontsize=8, va="center", arrowprops=line)
 
 
+def strip(flags, columns=160):
+    """Which layers run when: one row per layer, one column per sampled step. 1 is a trained layer; less is one that runs on
+    some of the sequences, or with a smaller scale, or (0.4) without being trained."""
+    method, cells = methods.choose(argparse.Namespace(**flags)), []
+    for step in sorted({1 + i * flags["steps"] // columns for i in range(columns)}):
+        path = method.subnetwork(step) or Subnetwork(tuple(range(method.depth(step))))
+        shares = [1.0] * len(path.layers) if path.rows is None else [len(rows) / flags["batch"] for rows in path.rows]
+        scales = path.scale if path.scale and flags["method"] == "ramp" else shares
+        column = [0.0] * flags["layers"]
+        for i, layer in enumerate(path.layers):
+            column[layer] = 0.4 if i < path.frozen else min(shares[i], scales[i])
+        cells.append(column)
+    return list(zip(*cells))
+
+
 def draw_strips(runs, path):
-    """Active layers over time: one strip per arm, one column per sampled step."""
+    """Active layers over time, one strip per arm."""
     from matplotlib.figure import Figure
 
     arms = list(dict.fromkeys(run["arm"] for run in runs))
@@ -307,8 +321,8 @@ def draw_strips(runs, path):
         axes.axis("off")
     for axes, arm in zip(grid.flat, arms):
         run = next(run for run in runs if run["arm"] == arm)
-        cells = [[layer in layers for layers in run["strip"]] for layer in range(deepest)]
-        extent = (0, event(run, "done")["step"], -0.5, deepest - 0.5)
+        cells = strip(event(run, "run")["flags"])
+        extent = (0, event(run, "done")["step"], -0.5, len(cells) - 0.5)
         axes.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest", extent=extent)
         axes.axis("on")
         axes.set(title=arm, xlim=(0, longest), ylim=(-0.5, deepest - 0.5), yticks=[0, deepest - 1], xticks=[0, longest])
@@ -316,7 +330,7 @@ def draw_strips(runs, path):
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("step", fontsize=8)
-    figure.supylabel("layer (filled: it runs)", fontsize=8)
+    figure.supylabel("layer (filled: it trains; lighter: in part)", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -19,7 +19,7 @@ def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
         {"event": "run", "relative_flops_layers": 1.0 if arm.startswith("full") else 4 / 3, "flags": {"layers": layers}},
         {"event": "done", "step": steps, "loss": loss, "flops": flops},
     ]
-    return {"arm": arm, "seed": seed, "seconds": seconds, "strip": [[0]], "events": events}
+    return {"arm": arm, "seed": seed, "seconds": seconds, "events": events}
 
 
 @pytest.mark.parametrize("budget", [1.2, 1.333, 2.0, 3.0])
@@ -51,6 +51,18 @@ def test_published_schedules_come_out_of_their_budgets():
 def test_full_costs_are_kept_where_they_should_be():
     assert compare.schedule("shallow_flops", base("--steps", "900"), 1.333) == ["--method=full", "--layers=9", "--steps=1200"]
     assert compare.schedule("full_flops", base("--steps", "900"), 1.5) == ["--method=full", "--steps=600"]
+
+
+def test_a_strip_shows_what_runs():
+    def of(*more):
+        return compare.strip(vars(base("--layers=4", "--heads=2", "--width=16", "--steps=40", *more)), columns=4)
+
+    assert of("--method=full") == [(1.0,) * 4] * 4
+    assert of("--method=mslt", "--stages=2-4-4-4")[0] == (1.0, 0.4, 1.0, 1.0)
+    assert of("--method=mslt", "--stages=2-4-4-4")[3] == (0.0, 1.0, 1.0, 1.0)
+    first, *_, last = of("--method=decreasing", "--batch=64")
+    assert first == (1.0,) * 4 and last[0] < 0.2 < last[2] < 1
+    assert of("--method=ramp", "--ramp_share=1")[3] == pytest.approx((1 / 40, 11 / 40, 21 / 40, 31 / 40))
 
 
 def test_intervals_by_a_table_of_students_t():
