@@ -63,7 +63,8 @@ def flags():
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=118),
         description="Train a transformer, one subnetwork per step. The same command continues a stopped run.",
         epilog="A preset sets any of these names; a flag beats the preset. Where neither speaks, pre-LN BERT-Base does.\n"
-        "exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite; 4 no usable checkpoint; 75 stopped, state saved",
+        "exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite; 4 no usable checkpoint;\n"
+        "1 the last save failed; 75 stopped, state saved",
     )  # fmt: skip
 
     def flag(name, type, default, help, choices=None):
