@@ -32,7 +32,7 @@ import methods
 import model as transformer
 import stacking
 import train
-from raptr import RaPTr, Stage, Subnetwork
+from raptr import RaPTr, Stage, whole
 
 HERE = Path(__file__).parent
 
@@ -58,13 +58,12 @@ def interleaved(candidates, rounds, warmup=3, pause=0.0):
 def trainer(model, loss, dtype):
     """A whole training step, as train.py takes it: forward, backward, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    weights = list(model.parameters())
 
     def step(*arguments):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             value = loss(*arguments)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return value.item()
@@ -81,8 +80,7 @@ def make_batch(config, size):
 def our_step(config, size, dtype, compile=False):
     model, batch = transformer.BERT(config), make_batch(config, size)
     if compile:
-        for block in model.blocks:
-            block.compile()
+        train.compile_blocks(model)
     return trainer(model, lambda subnetwork: model.loss(batch, subnetwork) / batch[2].numel(), dtype)
 
 
@@ -108,7 +106,7 @@ def bench_paths(args, config, report):
 
 
 def bench_methods(args, config, report):
-    """Every method over a whole run: steps of full training and of the method, in turn, at evenly spaced moments."""
+    """Every method over a whole short run: each of its steps beside a full one."""
     step, slots, T = our_step(config, args.batch, args.dtype, args.compile), data.masked_per_window(config.seq), 3 * args.rounds
     for _ in range(3):
         step(None)
@@ -118,7 +116,7 @@ def bench_methods(args, config, report):
         flags += [f"--mean_depth={0.75 * config.layers:g}"] * ("mean_depth" in methods.READS[name])
         method, full, own, cost = methods.choose(train.parse(flags)), 0.0, 0.0, 0.0
         for moment in range(1, T + 1):
-            path = method.subnetwork(moment) or Subnetwork(tuple(range(method.depth(moment))))
+            path = method.subnetwork(moment) or whole(method.depth(moment))
             for subnetwork in (None, path):
                 began = time.perf_counter()
                 step(subnetwork)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import methods
 import train
-from raptr import Subnetwork
+from raptr import whole
 from report import read_log
 
 ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], "shallow", "shallow_flops"]
@@ -38,15 +38,20 @@ TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never re
 # From a budget to schedules
 
 
+def having(args, **changes):
+    """A copy of parsed flags with some of them changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
 def solve_alpha(args, mean):
     """The alpha that gives the staged method of `args` `mean` layers a step. ValueError if there is none."""
     steps = 1_000_000  # many, so that rounding to whole steps does not matter
-    args = argparse.Namespace(**{**vars(args), "steps": steps, "full_warmup": round(args.full_warmup / args.steps * steps)})
-    methods.choose(argparse.Namespace(**{**vars(args), "alpha": 0.0}))  # ValueError if it cannot be at all
+    args = having(args, steps=steps, full_warmup=round(args.full_warmup / args.steps * steps))
+    methods.choose(having(args, alpha=0.0))  # ValueError if it cannot be at all
 
     def mean_at(alpha):
         try:
-            method = methods.choose(argparse.Namespace(**{**vars(args), "alpha": alpha}))
+            method = methods.choose(having(args, alpha=alpha))
         except ValueError:  # a stage has become too short for a step
             return math.inf if alpha > 0 else -math.inf
         return sum((s.end - s.start + 1) * method.expected_layers(s.start) for s in method.plan) / steps
@@ -75,18 +80,18 @@ def schedule(arm, base, budget):
         return ["--method=full", f"--layers={K}"] + [f"--steps={round(T * L / K)}"] * (arm == "shallow_flops")
     if arm == "ramp":
         return ["--method=ramp"]
-    own = argparse.Namespace(**{**vars(base), "method": arm})
+    own = having(base, method=arm)
     if "mean_depth" in methods.reads(own):
-        methods.choose(argparse.Namespace(**{**vars(own), "mean_depth": K}))  # ValueError if it cannot
+        methods.choose(having(own, mean_depth=K))  # ValueError if it cannot
         return [f"--method={arm}", f"--mean_depth={K:g}"]
     found, reason = [], None
-    plans = [methods.stages(argparse.Namespace(**{**vars(own), "stages": "auto"}))]
+    plans = [methods.stages(having(own, stages="auto"))]
     plans += [[round(L * s / 4) for s in (1, 2, 3, 4)] + [L] * (arm == "mslt")] * (arm != "progressive")
     for lengths in plans:  # the published plan if its stages need not be the longer the earlier, else one that starts lower
         stages = "-".join(str(k) for k in lengths)
         try:
-            alpha = solve_alpha(argparse.Namespace(**{**vars(own), "stages": stages}), K)
-            methods.choose(argparse.Namespace(**{**vars(own), "stages": stages, "alpha": alpha}))  # has it steps enough?
+            alpha = solve_alpha(having(own, stages=stages), K)
+            methods.choose(having(own, stages=stages, alpha=alpha))  # has it steps enough?
             found.append([f"--method={arm}", f"--stages={stages}", f"--alpha={alpha:g}"])
             if alpha >= 0:
                 break
@@ -106,16 +111,16 @@ def shown(flags):
 # Running
 
 
-def run_all(jobs, devices, count, may_fail=False):
+def run_all(jobs, text, devices, count, may_fail=False):
     """Run [(folder, flags), ...], `count` at a time, one GPU each where there are some; what is finished returns at once.
-    may_fail: a run whose loss was not finite (exit code 3) is not an error."""
+    text: fingerprint of the corpus. may_fail: a run whose loss was not finite (exit code 3) is not an error."""
     free = queue.Queue()
     for slot in range(count):
         free.put(devices[slot % len(devices)] if devices else None)
 
     def one(job):
         folder, flags = job
-        if not finished(folder, flags):
+        if not finished(folder, flags, text):
             device = free.get()
             env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if device is not None else {})
             command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, f"--out={folder}"]
@@ -130,14 +135,14 @@ def run_all(jobs, devices, count, may_fail=False):
         list(pool.map(one, jobs))
 
 
-def finished(folder, flags):
-    """Whether a run is done. ValueError if it was another run: a table must not mix settings."""
+def finished(folder, flags, text):
+    """Whether a run is done. ValueError if it was another run: a table must not mix settings or texts."""
     if not (folder / "log.jsonl").exists():
         return False
-    now = {"data_fingerprint": None, **vars(train.parse([*flags, f"--out={folder}"]))}
-    different = [name for name in train.changed(folder, now) if name != "data_fingerprint"]
-    if different:
-        raise ValueError(f"{folder} was trained with another --{different[0]}; choose another --name")
+    different = train.changed(folder, {**vars(train.parse([*flags, f"--out={folder}"])), "data_fingerprint": text})
+    for name in different:
+        what = "text" if name == "data_fingerprint" else f"--{name}"
+        raise ValueError(f"{folder} was trained with another {what}; choose another --name")
     return read_log(folder)[-1]["event"] == "done"
 
 
@@ -297,7 +302,7 @@ def strip(flags, columns=160):
     some of the sequences, or with a smaller scale, or (0.4) without being trained."""
     method, cells = methods.choose(argparse.Namespace(**flags)), []
     for step in sorted({1 + i * flags["steps"] // columns for i in range(columns)}):
-        path = method.subnetwork(step) or Subnetwork(tuple(range(method.depth(step))))
+        path = method.subnetwork(step) or whole(method.depth(step))
         shares = [1.0] * len(path.layers) if path.rows is None else [len(rows) / flags["batch"] for rows in path.rows]
         scales = path.scale if path.scale and flags["method"] == "ramp" else shares
         column = [0.0] * flags["layers"]
@@ -372,11 +377,11 @@ def plan(arms, base, budget):
     return flags
 
 
-def tune(flags, rates, seeds, common, out, devices, count):
+def tune(flags, rates, seeds, common, out, text, devices, count):
     """The flags of each arm with its best learning rate: lowest mean loss over `seeds`, which are not reported."""
     folder = {(arm, rate, seed): out / f"{arm}-lr{rate:g}-{seed}" for arm in flags for rate in rates for seed in seeds}
     trials = [(place, [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"]) for (a, r, s), place in folder.items()]
-    run_all(trials, devices, count, may_fail=True)
+    run_all(trials, text, devices, count, may_fail=True)
     tuned = {}
     for arm in flags:
         mean = {rate: statistics.mean(final_loss(folder[arm, rate, seed]) for seed in seeds) for rate in rates}
@@ -423,17 +428,18 @@ def main(argv):
             flags = plan(arms, base, budget)
             if args.plan or not flags:
                 continue
-            train.data.prepared(base.data, base.vocab)  # once, before several runs want it
+            corpus = train.data.prepared(base.data, base.vocab)  # once, before several runs want it
+            text = train.data.Corpus(corpus).fingerprint
             name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
             out = Path("out/compare") / name
             if len(rates) == 1:
                 flags = {arm: [*own, f"--lr={rates[0]:g}"] for arm, own in flags.items()}
             elif rates:
                 seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
-                flags = tune(flags, rates, seeds, common, out, devices, count)
+                flags = tune(flags, rates, seeds, common, out, text, devices, count)
             seeds = range(args.first_seed, args.first_seed + args.seeds)
             work = [(arm, seed, out / f"{arm}-{seed}") for seed in seeds for arm in flags]
-            run_all([(folder, [*common, *flags[arm], f"--seed={seed}"]) for arm, seed, folder in work], devices, count)
+            run_all([(folder, [*common, *flags[arm], f"--seed={seed}"]) for arm, seed, folder in work], text, devices, count)
             runs = [summary(folder, arm, seed) for arm, seed, folder in work]
             title = f"{name}: {base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}, at {budget:g}x"
             write_results(Path("results") / name, title, runs, flags, count)

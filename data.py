@@ -419,7 +419,7 @@ class Corpus:
         self.folder = folder = Path(folder)
         try:
             self.meta = meta = json.loads((folder / "meta.json").read_text())
-            self.vocab, self.digests = meta["vocab"], [meta["tokenizer_sha256"], *meta["train"]["sha256"], *meta["val"]["sha256"]]
+            self.vocab, digests = meta["vocab"], [meta["tokenizer_sha256"], *meta["train"]["sha256"], *meta["val"]["sha256"]]
             named = {split: list(zip(meta[split]["shards"], meta[split]["sha256"])) for split in ("train", "val")}
             self.train_counts = np.array(meta["train_counts"], np.float64)
         except (OSError, ValueError, KeyError, TypeError):
@@ -430,7 +430,7 @@ class Corpus:
         self.shards = {}
         for split, entries in named.items():
             self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in entries]
-        self.fingerprint = hashlib.sha256("".join(self.digests).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
         self.ends = {split: np.cumsum([len(s) for s in shards]) for split, shards in self.shards.items()}
 
     def read(self, split, start, count):

@@ -18,7 +18,7 @@ Sources: Zhang & He, NeurIPS 2020 (PLD); Fan et al., ICLR 2020 (LayerDrop); Elho
 import math
 import random
 
-from raptr import Full, Subnetwork, draw, mean_layers
+from raptr import Full, Subnetwork, draw, mean_layers, whole
 
 
 class Dropped(Full):
@@ -125,7 +125,7 @@ def demo(L=12, T=1000):
         print(f"\n  {name}: {mean_layers(method, T):.2f} layers a step on average")
         for step in (1, T // 20, T // 2, T):
             percent = " ".join(f"{100 * p:3.0f}" for p in method.keep(step))
-            paths = [method.subnetwork(step + i) or Subnetwork(tuple(range(L))) for i in (0, -1 if step == T else 1)]
+            paths = [method.subnetwork(step + i) or whole(L) for i in (0, -1 if step == T else 1)]
             print(f"    step {step:4}   {percent}   " + "  ".join(draw(path.layers, L) for path in paths))
     ramp = Ramp(L, T)
     print("\n  ramp: every layer runs; its update is scaled by, in percent")

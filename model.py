@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from raptr import Subnetwork
+from raptr import whole
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class BERT(nn.Module):
         x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
         rotation = (self.cos[:T], self.sin[:T]) if self.positions is None else None
 
-        subnetwork = subnetwork or Subnetwork(tuple(range(len(self.blocks))))
+        subnetwork = subnetwork or whole(len(self.blocks))
         kept, frozen, rows = subnetwork.layers, subnetwork.frozen, subnetwork.rows or [None] * len(subnetwork.layers)
         scales = [None] * len(kept)
         if subnetwork.scale is not None:

@@ -51,6 +51,11 @@ class Subnetwork:
         return Subnetwork(tuple(self.layers[i] for i in used), scale, tuple(rows[i] for i in used))
 
 
+def whole(layers):
+    """All of `layers` layers, written out: what None stands for."""
+    return Subnetwork(tuple(range(layers)))
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The stage plan
 

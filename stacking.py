@@ -19,7 +19,7 @@ Legend: n layers before a growth, m after it; layers count from 0, steps from 1.
 import math
 import re
 
-from raptr import Staged, Subnetwork, stage_plan
+from raptr import Staged, Subnetwork, stage_plan, whole
 
 # ----------------------------------------------------------------------------------------------------------------
 # Where the layers come from
@@ -106,7 +106,7 @@ class Stacking(Staged):
         return None
 
     def expected_layers(self, step):
-        return (self.subnetwork(step) or Subnetwork(tuple(range(self.depth(step))))).cost(1)
+        return (self.subnetwork(step) or whole(self.depth(step))).cost(1)
 
 
 def demo():

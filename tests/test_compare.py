@@ -127,13 +127,18 @@ def test_schedules_that_cannot_be_are_not_planned():
     assert sum(method.expected_layers(step) for step in range(1, 1601)) / 1600 == pytest.approx(9, abs=0.02)
 
 
-def test_a_table_does_not_mix_settings(tmp_path, corpus, monkeypatch, capsys):
+def test_a_table_does_not_mix_settings(tmp_path, corpus, text, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--methods full --seeds 1 --layers 2 --width 16 --heads 2 --seq 32 --batch 4 --threads 1 --eval_sequences 8 --data"
     compare.main([*flags.split(), str(corpus), "--steps", "3"])
     with pytest.raises(SystemExit):
         compare.main([*flags.split(), str(corpus), "--steps", "4"])
     assert "another --steps" in capsys.readouterr().err
+    shorter = tmp_path / "shorter"
+    train.data.prepare(lambda: ((d, True) for d in text[:900]), shorter, 512, tokenizer=corpus / "tokenizer.model")
+    with pytest.raises(SystemExit):
+        compare.main([*flags.split(), str(shorter), "--steps", "3"])
+    assert "another text" in capsys.readouterr().err
 
 
 def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
