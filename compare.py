@@ -339,12 +339,12 @@ def draw_strips(runs, path):
     figure.savefig(path, dpi=110)
 
 
-def write_results(folder, title, runs, flags, jobs):
-    """runs.jsonl, table.md, table.json and three figures."""
+def write_results(folder, title, runs, flags, jobs, tuning):
+    """runs.jsonl, table.md, table.json and three figures. tuning: {arm: {learning rate: loss}}, where there was any."""
     folder.mkdir(parents=True, exist_ok=True)
     table, changes = rows(runs, flags), jumps(runs)
     (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    (folder / "table.json").write_text(json.dumps({"rows": table, "jumps": changes}, indent=1))
+    (folder / "table.json").write_text(json.dumps({"rows": table, "jumps": changes, "tuning": tuning}, indent=1))
     (folder / "table.md").write_text(markdown(title, table, changes, runs, jobs))
     draw_strips(runs, folder / "strips.png")
     if all("speed_up" in row for row in table):
@@ -378,15 +378,14 @@ def plan(arms, base, budget):
 
 
 def tune(flags, rates, seeds, common, out, text, devices, count):
-    """The flags of each arm with its best learning rate: lowest mean loss over `seeds`, which are not reported."""
+    """Learning rates by trial, on seeds and held-out sequences that are not reported: ({arm: its flags with the rate of the
+    lowest mean loss}, {arm: {rate: that loss}})."""
     folder = {(arm, rate, seed): out / f"{arm}-lr{rate:g}-{seed}" for arm in flags for rate in rates for seed in seeds}
-    trials = [(place, [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"]) for (a, r, s), place in folder.items()]
-    run_all(trials, text, devices, count, may_fail=True)
-    tuned = {}
-    for arm in flags:
-        mean = {rate: statistics.mean(final_loss(folder[arm, rate, seed]) for seed in seeds) for rate in rates}
-        tuned[arm] = [*flags[arm], f"--lr={min(mean, key=mean.get):g}"]
-    return tuned
+    common = [*common, "--eval_on=tuning"]
+    run_all([(place, [*common, *flags[a], f"--lr={r:g}", f"--seed={s}"]) for (a, r, s), place in folder.items()],
+            text, devices, count, may_fail=True)  # fmt: skip
+    mean = {a: {rate: statistics.mean(final_loss(folder[a, rate, seed]) for seed in seeds) for rate in rates} for a in flags}
+    return {arm: [*flags[arm], f"--lr={min(mean[arm], key=mean[arm].get):g}"] for arm in flags}, mean
 
 
 def main(argv):
@@ -432,17 +431,18 @@ def main(argv):
             text = train.data.Corpus(corpus).fingerprint
             name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
             out = Path("out/compare") / name
+            tuning = {}
             if len(rates) == 1:
                 flags = {arm: [*own, f"--lr={rates[0]:g}"] for arm, own in flags.items()}
             elif rates:
                 seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
-                flags = tune(flags, rates, seeds, common, out, text, devices, count)
+                flags, tuning = tune(flags, rates, seeds, common, out, text, devices, count)
             seeds = range(args.first_seed, args.first_seed + args.seeds)
             work = [(arm, seed, out / f"{arm}-{seed}") for seed in seeds for arm in flags]
             run_all([(folder, [*common, *flags[arm], f"--seed={seed}"]) for arm, seed, folder in work], text, devices, count)
             runs = [summary(folder, arm, seed) for arm, seed, folder in work]
             title = f"{name}: {base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}, at {budget:g}x"
-            write_results(Path("results") / name, title, runs, flags, count)
+            write_results(Path("results") / name, title, runs, flags, count, tuning)
     except ValueError as error:
         parser.error(str(error))
 

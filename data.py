@@ -468,10 +468,16 @@ class Corpus:
             index[here] = shuffled(position[here] % n, n, keys)
         return mask_tokens(self.windows("train", seq, index), self.vocab, rng(seed, "mask", step))
 
-    def fixed(self, size, seq):
-        """Up to `size` held-out windows, spread evenly, masked the same for every seed and run."""
+    def fixed(self, size, seq, tuning=False):
+        """Up to `size` held-out windows, spread evenly, masked the same for every seed and run. tuning: up to `size` of those
+        that are left over. ValueError if none are."""
         n = self.count("val", seq)
         index = np.arange(min(size, n)) * n // min(size, n)
+        if tuning:
+            rest = np.setdiff1d(np.arange(n), index)
+            if not len(rest):
+                raise ValueError(f"--eval_on tuning: all {n} held-out windows are evaluated on; lower --eval_sequences")
+            index = rest[np.arange(min(size, len(rest))) * len(rest) // min(size, len(rest))]
         return mask_tokens(self.windows("val", seq, index), self.vocab, rng(0, "evaluation"))
 
     def unigram_loss(self, targets):

@@ -146,6 +146,13 @@ def flags():
     group = parser.add_argument_group("looking and saving")
     flag("eval_every", natural, 1000, "steps between evaluations; 0: only at stage ends and the end")
     flag("eval_sequences", count, 1024, "held-out sequences, the same for every run")
+    flag(
+        "eval_on",
+        str,
+        "held_out",
+        "tuning: the held-out sequences left over, to choose settings by",
+        choices=["held_out", "tuning"],
+    )
     flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
     flag("keep", count, 2, "newest checkpoints to keep")
 
@@ -385,7 +392,7 @@ def main(args):
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
     corpus = data.Corpus(data.prepared(args.data, args.vocab))
     corpus.count("train", args.seq)
-    fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq)]
+    fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")]
     method = methods.choose(args)
     examples = method.examples()
 

@@ -203,6 +203,17 @@ def test_evaluation_is_fixed_and_held_out(corpus):
     np.testing.assert_array_equal(inputs[:, 1:].ravel(), held[: len(held) // 31 * 31])
 
 
+def test_tuning_and_reporting_share_no_text(corpus):
+    corpus, asked = Corpus(corpus), []
+    corpus.windows = lambda split, seq, index: asked.append((split, set(index))) or Corpus.windows(corpus, split, seq, index)
+    n = corpus.count("val", 32)
+    corpus.fixed(n // 3, 32), corpus.fixed(n // 3, 32, tuning=True)
+    (split, reported), (other_split, tuned) = asked
+    assert split == other_split == "val" and len(reported) == len(tuned) == n // 3 and not reported & tuned
+    with pytest.raises(ValueError, match="--eval_sequences"):
+        corpus.fixed(n, 32, tuning=True)
+
+
 def test_unigram_loss_by_hand(corpus):
     corpus = Corpus(corpus)
     corpus.train_counts = np.array([99] * 5 + [2, 5] + [0] * 505)  # plus one each: 3 and 6 of 514
