@@ -30,6 +30,8 @@ import torch
 import data
 import methods
 import model as transformer
+import options
+import parallel
 import stacking
 import train
 from raptr import RaPTr, Stage, whole
@@ -80,7 +82,8 @@ def make_batch(config, size):
 def our_step(config, size, dtype, compile=False):
     model, batch = transformer.BERT(config), make_batch(config, size)
     if compile:
-        train.compile_blocks(model)
+        for block in model.blocks:
+            block.compile()
     return trainer(model, lambda subnetwork: model.loss(batch, subnetwork) / batch[2].numel(), dtype)
 
 
@@ -114,7 +117,7 @@ def bench_methods(args, config, report):
     for name in methods.NAMES[1:]:
         flags = [f"--method={name}", f"--steps={T}", f"--layers={config.layers}", f"--batch={args.batch}"]
         flags += [f"--mean_depth={0.75 * config.layers:g}"] * ("mean_depth" in methods.READS[name])
-        method, full, own, cost = methods.choose(train.parse(flags)), 0.0, 0.0, 0.0
+        method, full, own, cost = methods.choose(options.parse(flags)), 0.0, 0.0, 0.0
         for moment in range(1, T + 1):
             path = method.subnetwork(moment) or whole(method.depth(moment))
             for subnetwork in (None, path):
@@ -126,11 +129,11 @@ def bench_methods(args, config, report):
         ideal = T * transformer.flops(config, args.batch, slots) / cost
         print(f"    {name:12} {full / own:6.3f}x faster, ideal {ideal:6.3f}, efficiency {full / own / ideal:6.3f}")
         report[f"efficiency_{name}"] = full / own / ideal
-    flags = train.parse(["--method=stacking", f"--layers={config.layers}"])
-    model = transformer.BERT(config)
-    model.blocks = model.blocks[: config.layers // 2]
-    optimizer, began = train.make_optimizer(model, flags), time.perf_counter()
-    train.grow(model, optimizer, stacking.stacking(config.layers // 2, config.layers), None, flags)
+    flags = options.parse(["--method=stacking", f"--layers={config.layers}"])
+    ranks = parallel.Ranks("cpu", 60)
+    model, optimizer = train.build(flags, config, config.layers // 2, ranks)
+    began = time.perf_counter()
+    train.grow(train.state(model, optimizer), stacking.stacking(config.layers // 2, config.layers), flags, config, ranks)
     grew = time.perf_counter() - began
     print(f"    growing from {config.layers // 2} to {config.layers} layers takes {grew * 1e3:.0f} ms", end="")
     print(f", {grew * T / full:.2f} of a full step")

@@ -6,6 +6,8 @@ the final name is complete, and a byte that changed later is found before anythi
 Not here: what is in a checkpoint (train.py).
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,12 +15,31 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
 class NoCheckpoint(Exception):
     """There are checkpoints, and none of them can be used."""
+
+
+class NotFinite(Exception):
+    """A tensor to be saved holds NaN or infinity."""
+
+
+def lock(run):
+    """The open lock file of a run folder, which is made if need be. Keep it: the lock ends with it, or with the process.
+    ValueError if another process has it, or the folder cannot be written."""
+    try:
+        Path(run).mkdir(parents=True, exist_ok=True)
+        file = open(Path(run, ".lock"), "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise ValueError(f"--out {run}: another process is training there") from None
+    except OSError as error:
+        raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
 
 
 def sync(path):
@@ -41,15 +62,25 @@ def folders(run):
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def save(run, step, tensors, meta, keep=2):
-    """Write RUN/step_XXXXXXXX/ and delete all but the newest `keep` checkpoints.
+def save(run, step, tensors, meta, keep=2, keep_every=0):
+    """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep`, and but those of
+    every `keep_every`-th step (0: none).
 
     tensors: {file name: {tensor name: tensor}}; meta: a JSON object.
-    OSError (a full disk, say) leaves the older ones as they were.
+    OSError (a full disk, say) leaves the older ones as they were. NotFinite: nothing is written.
     """
     final = Path(run, f"step_{step:08d}")
     folder = Path(run, f".step_{step:08d}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    for group in tensors.values():
+        for name, tensor in group.items():
+            if not torch.isfinite(tensor).all():
+                raise NotFinite(f"{name} is not finite after step {step}")
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + (1 << 20)
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it needs {needed >> 20} MiB, and {free >> 20} MiB are free")
+    for stale in Path(run).glob(".step_*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale)
     folder.mkdir()
     try:
         for name, group in tensors.items():
@@ -63,13 +94,17 @@ def save(run, step, tensors, meta, keep=2):
         for file in folder.iterdir():
             sync(file)
         sync(folder)
-        shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
         sync(run)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    try:
+        verify(final)
+    except ValueError as error:
+        raise OSError(f"it was written, and reads back otherwise: {error}") from None
     for old in folders(run)[:-keep]:
-        shutil.rmtree(old)
+        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            shutil.rmtree(old)
 
 
 def verify(folder):

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import methods
+import options
 import train
 from raptr import whole
 from report import read_log
@@ -139,7 +140,8 @@ def finished(folder, flags, text):
     """Whether a run is done. ValueError if it was another run: a table must not mix settings or texts."""
     if not (folder / "log.jsonl").exists():
         return False
-    different = train.changed(folder, {**vars(train.parse([*flags, f"--out={folder}"])), "data_fingerprint": text})
+    now = {**vars(options.parse([*flags, f"--out={folder}"])), "data_fingerprint": text}
+    different = train.changed(train.read_config(folder), now)
     for name in different:
         what = "text" if name == "data_fingerprint" else f"--{name}"
         raise ValueError(f"{folder} was trained with another {what}; choose another --name")
@@ -390,16 +392,16 @@ def tune(flags, rates, seeds, common, out, text, devices, count):
 
 def main(argv):
     about = argparse.RawDescriptionHelpFormatter
-    parser = train.Parser(prog="compare.py", allow_abbrev=False, formatter_class=about, description=__doc__)
+    parser = options.Parser(prog="compare.py", allow_abbrev=False, formatter_class=about, description=__doc__)
     parser.add_argument("--config", default="configs/bert_toy.toml", help="preset of train.py")
     parser.add_argument("--methods", default="full,full_flops,raptr,stacking", help=f"of {', '.join(ARMS)}; or all")
-    parser.add_argument("--seeds", type=train.count, default=3, help="how many")
-    parser.add_argument("--first_seed", type=train.natural, default=0)
+    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
+    parser.add_argument("--first_seed", type=options.natural, default=0)
     parser.add_argument("--budget", default="1.333", help="relative layer FLOPs, one or several with commas")
     parser.add_argument("--lr", default="", help="learning rates; of several, each arm gets its best on other seeds")
-    parser.add_argument("--tuning_seeds", type=train.count, default=1)
+    parser.add_argument("--tuning_seeds", type=options.count, default=1)
     parser.add_argument("--name", default="compare", help="folder under results/ and out/compare/")
-    parser.add_argument("--jobs", type=train.count, default=0, help="runs at a time; default one, or one per GPU")
+    parser.add_argument("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     parser.add_argument("--plan", action="store_true", help="print the schedules and stop")
     args, more = parser.parse_known_args(argv)
     for flag in more:
@@ -415,9 +417,9 @@ def main(argv):
     arms = ARMS if args.methods == "all" else args.methods.split(",")
     for arm in arms:
         if arm not in ARMS:
-            parser.error(f"--methods: there is no {arm!r}{train.nearest(arm, ARMS)}")
+            parser.error(f"--methods: there is no {arm!r}{options.nearest(arm, ARMS)}")
 
-    base = train.parse([f"--config={args.config}", *more, "--method=full"])
+    base = options.parse([f"--config={args.config}", *more, "--method=full"])
     devices = gpus() if base.device in ("auto", "cuda") else []
     count = args.jobs or max(1, len(devices))
     threads = [] if devices or count == 1 else [f"--threads={max(1, os.cpu_count() // count)}"]

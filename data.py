@@ -456,9 +456,9 @@ class Corpus:
             raise ValueError(f"{self.folder}: its {split} text is shorter than one sequence of {seq} tokens (--seq)")
         return count
 
-    def batch(self, seed, step, size, seq):
-        """Training batch of step `step` (from 1): inputs (B, T), masked (B, M), targets (B, M), as int64 arrays. Every
-        window of the corpus comes once per epoch, in an order of that epoch's own."""
+    def order(self, seed, step, size, seq):
+        """The numbers (size,) of the training windows of step `step` (from 1). Every window of the corpus comes once per
+        epoch, in an order of that epoch's own."""
         n = self.count("train", seq)
         position = np.arange((step - 1) * size, step * size)
         index = np.empty(size, np.int64)
@@ -466,7 +466,12 @@ class Corpus:
             keys = rng(seed, "order", int(epoch)).integers(1 << 63, size=4, dtype=np.uint64)
             here = position // n == epoch
             index[here] = shuffled(position[here] % n, n, keys)
-        return mask_tokens(self.windows("train", seq, index), self.vocab, rng(seed, "mask", step))
+        return index
+
+    def batch(self, seed, step, size, seq):
+        """Training batch of step `step`: inputs (B, T), masked (B, M), targets (B, M), as int64 arrays."""
+        windows = self.windows("train", seq, self.order(seed, step, size, seq))
+        return mask_tokens(windows, self.vocab, rng(seed, "mask", step))
 
     def fixed(self, size, seq, tuning=False):
         """Up to `size` held-out windows, spread evenly, masked the same for every seed and run. tuning: up to `size` of those

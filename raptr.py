@@ -45,10 +45,8 @@ class Subnetwork:
         """The same subnetwork for sequences start .. stop - 1 of the batch."""
         if self.rows is None:
             return self
-        rows = [tuple(row - start for row in kept if start <= row < stop) for kept in self.rows]
-        used = [i for i, kept in enumerate(rows) if kept]
-        scale = self.scale and tuple(self.scale[i] for i in used)
-        return Subnetwork(tuple(self.layers[i] for i in used), scale, tuple(rows[i] for i in used))
+        rows = tuple(tuple(row - start for row in kept if start <= row < stop) for kept in self.rows)
+        return Subnetwork(self.layers, self.scale, rows, self.frozen)
 
 
 def whole(layers):

@@ -2,224 +2,44 @@
 
     python train.py                                         a 12-layer BERT by RaPTr, minutes on a laptop
     python train.py --method full --out out/full            the same by full training
-    python train.py --config configs/bert_base.toml         the paper's size
+    torchrun --nproc_per_node 8 train.py --config configs/bert_base.toml          the paper's size
 
 The same command continues a run that was stopped. Not here: which layers train (raptr.py), the model (model.py), the
-text (data.py). Every flag: python train.py --help
+text (data.py), several processes (parallel.py). Every flag: python train.py --help
 """
 
-import argparse
-import difflib
-import fcntl
 import functools
 import json
 import math
+import operator
 import os
 import platform
 import signal
 import sys
 import time
-import tomllib
 from pathlib import Path
 
-import methods
-from raptr import mean_layers
+import options
+
+ARGS = options.parse(sys.argv[1:]) if __name__ == "__main__" else None  # before torch: a wrong flag answers at once
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import methods  # noqa: E402
+import model as transformer  # noqa: E402
+import parallel  # noqa: E402
+import report  # noqa: E402
+import stacking  # noqa: E402
+from raptr import mean_layers  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
-# Flags
+# Pieces of the loop
 
-
-def number(kind, rule, holds):
-    """An argparse type: a finite number for which `holds`, or an error that states the rule."""
-
-    def convert(text):
-        try:
-            value = kind(text)
-            if math.isfinite(value) and holds(value):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"must be {rule}, not {text[:40]!r}")
-
-    convert.letter = "N" if kind is int else "X"
-    return convert
-
-
-count = number(int, "a whole number above 0", lambda x: x > 0)
-natural = number(int, "a whole number, 0 or above", lambda x: x >= 0)
-positive = number(float, "a number above 0", lambda x: x > 0)
-nonnegative = number(float, "a number, 0 or above", lambda x: x >= 0)
-share = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def flags():
-    parser = Parser(
-        prog="train.py", usage="python train.py [--config FILE.toml] [--flag value ...]", allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=118),
-        description="Train a transformer, one subnetwork per step. The same command continues a stopped run.",
-        epilog="A preset sets any of these names; a flag beats the preset. Where neither speaks, pre-LN BERT-Base does.\n"
-        "exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite; 4 no usable checkpoint;\n"
-        "1 the last save failed; 75 stopped, state saved",
-    )  # fmt: skip
-
-    def flag(name, type, default, help, choices=None):
-        names = "|".join(choices) if choices else getattr(type, "letter", "S")
-        shown = f" [{default:g}]" if isinstance(default, float) else f" [{default}]" if default not in ("", None) else ""
-        group.add_argument(f"--{name}", type=type, default=default, choices=choices, metavar=names, help=help + shown)
-
-    def switch(name, help):
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=help)
-
-    group = parser.add_argument_group("run")
-    flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
-    flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
-    flag("data", str, "", "prepared corpus (data.py), or text files or a folder of them; default: this machine's own manual")
-    flag("init", str, "", "start from the weights of this run folder")
-    whole = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
-    flag("seed", whole, 0, "of weights, data order, masks, paths and dropout")
-    flag("steps", count, 1_000_000, "optimizer steps")
-
-    group = parser.add_argument_group("method: which part trains at a step")
-    flag("method", str, "raptr", "who decides", choices=methods.NAMES)
-    flag("stages", str, "auto", "layers per stage, like 6-8-10-12; auto: the published plan of each method")
-    exponent = number(float, "a number from -20 to 20", lambda x: abs(x) <= 20)
-    flag("alpha", exponent, 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
-    flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
-    flag("mean_depth", positive, None, "mean layers a step; settles constant, pld, layerdrop, decreasing, jump")
-    flag("skipped_grad", str, "none", "gradient of a skipped layer: none leaves it alone, zero lets its moments decay and "
-         "its weights follow them", choices=["none", "zero"])  # fmt: skip
-
-    group = parser.add_argument_group("raptr, constant")
-    flag("fixed", str, "first,last", "layers always kept: numbers from 0, first, last, or none")
-    flag("sampling", str, "exact", "layers in a step: exactly k, or k on average", choices=["exact", "bernoulli"])
-    flag("scaling", str, "none", "of the kept layers' updates", choices=["none", "gap", "uniform", "inverse"])
-
-    group = parser.add_argument_group("pld, layerdrop, decreasing, ramp (where --mean_depth is not given)")
-    flag("theta_bar", share, 0.5, "pld: keep probability that theta(t) falls to")
-    flag("gamma", nonnegative, 0.0, "pld: how fast it falls, per step; 0: 100 / steps")
-    flag("drop_rate", share, 0.2, "layerdrop: the rate")
-    flag("p_max", number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1), 1.0, "decreasing: drop rate of the last layer")
-    flag("drop_time", str, "line", "decreasing: falls on a line, or with --stages", choices=["line", "staircase"])
-    flag("drop_depth", str, "linear", "decreasing: rises with depth, or not, ends pinned", choices=["linear", "uniform"])
-    flag("drop_gate", str, "sequence", "decreasing: one draw per", choices=["sequence", "batch"])
-    flag("drop_scale", str, "inverse", "decreasing: kept updates times 1/p, or not", choices=["inverse", "none"])
-    flag("ramp_share", number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1), 0.25, "ramp: share of steps it takes")
-
-    group = parser.add_argument_group("stacking, progressive, midas, mslt, jump")
-    flag("moments", str, "copy", "optimizer moments at a growth", choices=["copy", "reset"])
-    flag("growth_warmup", natural, 0, "steps of linear warm-up after each growth")
-    flag("jump_from", count, 3, "jump: layers before it")
-    flag("jump_at", share, 1 / 3, "jump: when, as a share of the steps")
-    flag("jump_init", str, "copy", "jump: new layers repeat the old, or are fresh", choices=["copy", "fresh"])
-
-    group = parser.add_argument_group("model")
-    flag("layers", count, 12, "transformer blocks")
-    flag("width", count, 768, "hidden size")
-    flag("heads", count, 12, "attention heads")
-    flag("mlp", natural, 0, "hidden neurons of the MLP; 0: 4 times the width")
-    flag("seq", number(int, "a whole number, 8 or above", lambda x: x >= 8), 512, "tokens per sequence")
-    flag("vocab", number(int, "a whole number, 300 or above", lambda x: x >= 300), 30522, "token ids, if a tokenizer is made")
-    flag("dropout", share, 0.1, "dropout rate")
-    flag("norm", str, "pre", "layer norm before or after", choices=["pre", "post"])
-    flag("positions", str, "learned", "position encoding", choices=["learned", "rotary"])
-    flag("init_std", positive, 0.02, "standard deviation of initial weights")
-
-    group = parser.add_argument_group("optimizer: AdamW")
-    flag("batch", count, 256, "sequences per step, in all")
-    flag("micro_batch", natural, 0, "sequences per forward pass; 0: the whole batch")
-    flag("lr", positive, 1e-4, "peak learning rate")
-    flag("lr_schedule", str, "linear", "decay after warm-up", choices=["linear", "cosine", "wsd"])
-    flag("warmup", nonnegative, 0.01, "steps of linear warm-up; below 1: a share of --steps")
-    flag("decay", number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1), 0.2, "wsd: share of steps in the last decay")
-    flag("min_lr", share, 0.0, "final learning rate, as a share of --lr")
-    flag("beta1", share, 0.9, "decay of the first moment")
-    flag("beta2", share, 0.999, "decay of the second moment")
-    flag("eps", positive, 1e-6, "added to the root of the second moment")
-    flag("weight_decay", nonnegative, 0.01, "not on biases and norms")
-    flag("clip", nonnegative, 1.0, "largest gradient norm; 0: no clipping")
-
-    group = parser.add_argument_group("looking and saving")
-    flag("eval_every", natural, 1000, "steps between evaluations; 0: only at stage ends and the end")
-    flag("eval_sequences", count, 1024, "held-out sequences, the same for every run")
-    flag(
-        "eval_on",
-        str,
-        "held_out",
-        "tuning: the held-out sequences left over, to choose settings by",
-        choices=["held_out", "tuning"],
-    )
-    flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
-    flag("keep", count, 2, "newest checkpoints to keep")
-
-    group = parser.add_argument_group("machine")
-    flag("device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
-    flag("dtype", str, "auto", "of matrix products; auto: bfloat16 where it pays", choices=["auto", "float32", "bfloat16"])
-    switch("compile", "compile the block, once for all layers and paths")
-    switch("deterministic", "only kernels that give the same bits every time")
-    flag("threads", natural, 0, "CPU threads; 0: as many as torch chooses")
-    return parser
-
-
-def preset_arguments(path, parser):
-    """A TOML preset as command-line arguments, so that it is checked like them."""
-    try:
-        preset = tomllib.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"--config {path}: {error}")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    for name, value in preset.items():
-        if name not in known:
-            parser.error(f"{path}: unknown name {name!r}{nearest(name, known)}")
-        if isinstance(value, bool):
-            yield f"--{name}" if value else f"--no-{name}"
-        else:
-            yield f"--{name}={value}"
-
-
-def nearest(name, known):
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def parse(argv):
-    """Checked flags. Exits with code 2 and one sentence if something is wrong; nothing has been created by then."""
-    parser = flags()
-    first = Parser(add_help=False, allow_abbrev=False, prog="train.py")
-    first.add_argument("--config", default=parser.get_default("config"))
-    path = Path(first.parse_known_args(argv)[0].config)
-    if not path.exists() and not path.is_absolute():
-        path = Path(__file__).parent / path
-    preset = [] if {"-h", "--help"} & set(argv) else list(preset_arguments(path, parser))
-    args, unknown = parser.parse_known_args(preset + argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
-    args.out = args.out or f"out/{path.stem}-{args.method}-{args.seed}"
-    args.mlp = args.mlp or 4 * args.width
-    args.micro_batch = args.micro_batch or args.batch
-    try:
-        if args.width % args.heads:
-            raise ValueError(f"--width {args.width} must be a multiple of --heads {args.heads}")
-        if args.positions == "rotary" and args.width // args.heads % 2:
-            raise ValueError(f"--positions rotary needs an even width per head, not {args.width} / {args.heads}")
-        if args.batch % args.micro_batch:
-            raise ValueError(f"--batch {args.batch} must be a multiple of --micro_batch {args.micro_batch}")
-        if args.warmup >= args.steps:
-            raise ValueError(f"--warmup {args.warmup:g} must be below --steps {args.steps}")
-        if args.method == "mslt" and args.skipped_grad == "zero":
-            raise ValueError("--skipped_grad zero would move the layers that --method mslt keeps as they are")
-        methods.choose(args)
-    except ValueError as error:
-        parser.error(str(error))
-    given = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
-    for name in sorted(given & (set.union(*methods.READS.values()) - methods.reads(args))):
-        print(f"warning: --method {args.method} ignores --{name}", file=sys.stderr)
-    return args
+MAY_CHANGE = {"config", "out", "data", "init", "micro_batch", "eval_every", "save_every", "keep", "keep_every", "device",
+              "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"}  # fmt: skip
 
 
 def learning_rate(args, step, since_growth=math.inf):
@@ -238,23 +58,6 @@ def learning_rate(args, step, since_growth=math.inf):
     else:
         left = 1 - done
     return args.lr * (args.min_lr + (1 - args.min_lr) * left)
-
-
-ARGS = parse(sys.argv[1:]) if __name__ == "__main__" else None  # before torch: a wrong flag and --help answer at once
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import model as transformer  # noqa: E402
-import report  # noqa: E402
-import stacking  # noqa: E402
-
-# ----------------------------------------------------------------------------------------------------------------
-# Pieces of the loop
-
-MAY_CHANGE = {"config", "out", "data", "init", "micro_batch", "eval_every", "save_every", "keep", "device", "compile", "threads"}
 
 
 def choose_machine(args):
@@ -291,74 +94,95 @@ def make_optimizer(model, args):
     return optimizer
 
 
+def build(args, config, depth, ranks):
+    """A fresh model with the lowest `depth` of its blocks, on its device and sharded if asked, and its optimizer."""
+    model = transformer.BERT(config, args.seed).to(ranks.device)
+    model.blocks = model.blocks[:depth]
+    if args.fsdp:
+        ranks.shard(model)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    return model, make_optimizer(model, args)
+
+
 def state(model, optimizer):
-    """All that a checkpoint holds, as {file: {name: tensor}}; the moments by the names of their weights."""
+    """All that a checkpoint holds, as {file: {name: tensor}}, in full; the moments by the names of their weights."""
+    weights = {name: parallel.whole(p.detach()) for name, p in model.named_parameters()}
     moments = {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
-    return {"model": {name: p.detach() for name, p in model.named_parameters()}, "optimizer": moments}
-
-
-def resize(model, depth):
-    """Give the model `depth` new blocks on its device; their weights are for the caller to fill."""
-    with torch.device(model.bias.device):
-        model.blocks = torch.nn.ModuleList(type(model.blocks[0])(model.config) for _ in range(depth))
-
-
-def grow(model, optimizer, sources, initial, args):
-    """Rebuild model and optimizer with one block per entry of `sources` (stacking.py). Returns the new optimizer, which holds
-    every parameter of the model as it is now. initial: the weights of fresh layers."""
-    tensors = state(model, optimizer)
-    resize(model, len(sources))
-    load_weights(model, stacking.grow(tensors["model"], sources, initial), "growth")
-    optimizer = make_optimizer(model, args)
-    if args.moments == "copy":
-        load_moments(model, optimizer, stacking.grow(tensors["optimizer"], sources))
-    return optimizer
-
-
-def compile_blocks(model):
-    for block in model.blocks:
-        block.compile()
+    return {"model": weights, "optimizer": {name: parallel.whole(value) for name, value in moments.items()}}
 
 
 @torch.no_grad()
-def evaluate(model, batch, subnetworks, size, autocast):
-    """Mean loss (nats) on a fixed batch (tokens, masked, targets). Of several subnetworks each gets an equal share of it."""
-    total, counted = 0.0, 0
-    model.eval()
-    with autocast:
-        for i, subnetwork in enumerate(subnetworks):
-            for part in zip(*(tensor[i :: len(subnetworks)].split(size) for tensor in batch)):
-                total += float(model.loss(part, subnetwork))
-                counted += int((part[2] != data.NO_TARGET).sum())
-    model.train()
-    return total / counted
-
-
 def load_weights(model, tensors, where):
     """Copy named tensors into a model. ValueError unless names and shapes are the model's own."""
     own = dict(model.named_parameters())
     wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
         raise ValueError(f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
+    for name, p in own.items():
+        parallel.copy_into(p, tensors[name])
 
 
+@torch.no_grad()
 def load_moments(model, optimizer, tensors):
     """Copy AdamW's state, named as `state` names it, into an optimizer."""
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
-            value.copy_(tensors[f"{key}.{name}"])
+            parallel.copy_into(value, tensors[f"{key}.{name}"])
 
 
-def changed(run, flags_now):
-    """{name: value then} of the flags that a run began with, may not change, and are others now."""
-    try:
-        then = json.loads((run / "config.json").read_text())
-    except ValueError:
-        raise ValueError(f"{run / 'config.json'}: not readable; choose another --out") from None
-    return {name: value for name, value in then.items() if name not in MAY_CHANGE and flags_now.get(name) != value}
+def grow(tensors, sources, args, config, ranks):
+    """(model, optimizer) with one block per entry of `sources` (stacking.py), from the `state` of the ones before. Fresh
+    blocks are those that the seed gives."""
+    model, optimizer = build(args, config, len(sources), ranks)
+    fresh = state(model, optimizer)["model"] if None in sources else None
+    load_weights(model, stacking.grow(tensors["model"], sources, fresh), "growth")
+    if args.moments == "copy":
+        load_moments(model, optimizer, stacking.grow(tensors["optimizer"], sources))
+    return model, optimizer
+
+
+def loss_and_gradients(model, batch, subnetwork, size, dropout_seed, autocast, ranks):
+    """Of this rank's share of a batch (tokens, masked, targets), in micro-batches of `size` sequences: (its part of the mean
+    loss, gradients by parameter). The model is left without gradients; None is the gradient of what was skipped."""
+    targets = int((batch[2] != data.NO_TARGET).sum())
+
+    def one(i):  # micro-batch i of the whole batch
+        start, end = i * size, (i + 1) * size
+        torch.manual_seed(dropout_seed + start)
+        part = [torch.from_numpy(rows[start:end]).to(ranks.device) for rows in batch]
+        with autocast:
+            loss = model.loss(part, subnetwork and subnetwork.micro_batch(start, end)) / targets
+        loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return loss.detach().double(), gradients
+
+    def add(a, b):
+        return a[0] + b[0], [x if y is None else x.add_(y) for x, y in zip(a[1], b[1])]
+
+    count = len(batch[0]) // size // ranks.size
+    return parallel.pairwise(one, ranks.rank * count, (ranks.rank + 1) * count, add)
+
+
+@torch.no_grad()
+def evaluate(model, batch, subnetworks, size, autocast, ranks):
+    """Mean loss (nats) on a fixed batch (tokens, masked, targets). Of several subnetworks each gets an equal share of it.
+    The ranks take turns, `size` sequences each; all take equally many, as FSDP2 needs, and what is too many is not counted."""
+    losses = []
+    model.eval()
+    for i, subnetwork in enumerate(subnetworks):
+        parts = list(zip(*(tensor[i :: len(subnetworks)].split(size) for tensor in batch)))
+        own = [0.0] * len(parts)
+        for turn in range(ranks.rank, -(-len(parts) // ranks.size) * ranks.size, ranks.size):
+            with autocast:
+                loss = float(model.loss(parts[turn % len(parts)], subnetwork))
+            if turn < len(parts):
+                own[turn] = loss
+        losses += own
+    model.train()
+    return math.fsum(ranks.add(losses)) / int((batch[2] != data.NO_TARGET).sum())
 
 
 def open_log(run, step):
@@ -371,6 +195,32 @@ def open_log(run, step):
     return open(path, "a"), earlier
 
 
+def open_run(run, flags_now):
+    """Lock a run folder, and make sure that it is this run's: returns (lock, {flag: [then, now]} of those that may change and
+    did). ValueError if it is another's."""
+    lock = checkpoint.lock(run)
+    if not (run / "config.json").exists():
+        (run / "config.tmp").write_text(json.dumps(flags_now, indent=1))
+        (run / "config.tmp").rename(run / "config.json")
+    then = read_config(run)
+    for name, value in changed(then, flags_now).items():
+        what = "another text" if name == "data_fingerprint" else f"--{name} {value}, not {flags_now.get(name)}"
+        raise ValueError(f"--out {run}: this run began with {what}; choose another --out")
+    return lock, {name: [value, flags_now.get(name)] for name, value in then.items() if flags_now.get(name) != value}
+
+
+def read_config(run):
+    try:
+        return json.loads((run / "config.json").read_text())
+    except ValueError:
+        raise ValueError(f"{run / 'config.json'}: not readable; choose another --out") from None
+
+
+def changed(then, now):
+    """{name: value then} of the flags that a run began with, may not change, and are others now."""
+    return {name: value for name, value in then.items() if name not in MAY_CHANGE and now.get(name) != value}
+
+
 class Stop(Exception):
     """Ends the run: exit code, and one sentence for stderr."""
 
@@ -379,9 +229,8 @@ class Stop(Exception):
 # The run
 
 
-def main(args):
+def main(args, dtype, ranks):
     # --- machine, text, method -----------------------------------------------------------------------------------
-    device, dtype = choose_machine(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.deterministic:
@@ -389,91 +238,89 @@ def main(args):
         torch.use_deterministic_algorithms(True)
     steady_memory()
     torch.set_float32_matmul_precision("high")
-    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    device, first = ranks.device, ranks.rank == 0  # only the first process writes
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if first:
+        data.prepared(args.data, args.vocab)
+    ranks.gather()  # the others wait for the text
     corpus = data.Corpus(data.prepared(args.data, args.vocab))
     corpus.count("train", args.seq)
     fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")]
     method = methods.choose(args)
     examples = method.examples()
-
-    # --- model -----------------------------------------------------------------------------------------------------
     names = transformer.Config.__dataclass_fields__
     config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
-    model = transformer.BERT(config, args.seed).to(device)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if args.method == "jump" else None
-    model.blocks = model.blocks[: method.depth(1)]
-    run = Path(args.out)
-    if args.init and not checkpoint.folders(run):
-        if not checkpoint.folders(args.init):
-            raise ValueError(f"--init {args.init}: there is no checkpoint in it")
-        load_weights(model, checkpoint.load(checkpoint.folders(args.init)[-1], device)[0]["model"], f"--init {args.init}")
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out {run}: another process is training there") from None
-    except OSError as error:
-        raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
+    run = Path(args.out)
+    if args.init and not checkpoint.folders(args.init):
+        raise ValueError(f"--init {args.init}: there is no checkpoint in it")
     flags_now = {**vars(args), "data_fingerprint": corpus.fingerprint}
-    if (run / "config.json").exists():
-        for name, then in changed(run, flags_now).items():
-            what = "another text" if name == "data_fingerprint" else f"--{name} {then}, not {flags_now.get(name)}"
-            raise ValueError(f"--out {run}: this run began with {what}; choose another --out")
-    else:
-        (run / "config.tmp").write_text(json.dumps(flags_now, indent=1))
-        (run / "config.tmp").rename(run / "config.json")
-    tensors, meta = checkpoint.load_newest(run, device) or (None, {"step": 0, "flops": 0, "seconds": 0.0})
-    step, flops, seconds = meta["step"], meta["flops"], meta["seconds"]
+    newest = lock = None
+    if first:
+        lock, flags_changed = open_run(run, flags_now)
+        newest = checkpoint.load_newest(run)
+    step = int(ranks.gather(newest[1]["step"] if newest else 0)[0][0])
+    if step and not first:
+        newest = checkpoint.load(run / f"step_{step:08d}")
+    tensors, meta = newest or (None, {"flops": 0, "seconds": 0.0})
+    flops, seconds = meta["flops"], meta["seconds"]
 
+    # --- model -----------------------------------------------------------------------------------------------------
+    model, optimizer = build(args, config, method.depth(max(1, step)), ranks)
     if step:
-        resize(model, method.depth(step))
         load_weights(model, tensors["model"], "the checkpoint")
-    optimizer = make_optimizer(model, args)
-    if step:
         load_moments(model, optimizer, tensors["optimizer"])
-    del tensors
-    if args.compile:
-        compile_blocks(model)
+    elif args.init:
+        load_weights(model, checkpoint.load(checkpoint.folders(args.init)[-1])[0]["model"], f"--init {args.init}")
+    del tensors, newest
 
     # --- log -------------------------------------------------------------------------------------------------------
-    log, earlier = open_log(run, step)
-    if earlier and earlier[-1]["event"] == "done":
-        return report.summarize(run)
+    log, earlier = open_log(run, step) if first else (open(os.devnull, "w"), [])
+    done = first and earlier and earlier[-1]["event"] == "done"
+    if ranks.gather(done)[0][0]:
+        return report.summarize(run) if first else None
 
     def record(event, **facts):
         log.write(json.dumps({"event": event, **facts}) + "\n")
         log.flush()
 
+    def say(line):
+        if first:
+            bar.write(line, file=sys.stderr)
+
     def save(step):
+        tensors = state(model, optimizer)  # under FSDP2 all ranks gather it
+        if not first:
+            return
         meta = {"step": step, "flops": flops, "seconds": seconds, "flags": flags_now}
         meta["tokenizer_sha256"] = corpus.meta["tokenizer_sha256"]
         try:
-            checkpoint.save(run, step, state(model, optimizer), meta, args.keep)
+            checkpoint.save(run, step, tensors, meta, args.keep, args.keep_every)
         except OSError as error:  # a full disk, say: older checkpoints are as they were
             if step == args.steps or stopped:
                 raise Stop(1, f"the state at step {step} could not be saved: {error}") from None
-            bar.write(f"warning: no checkpoint at step {step}, training goes on: {error}", file=sys.stderr)
+            say(f"warning: no checkpoint at step {step}, training goes on: {error}")
+        except checkpoint.NotFinite as error:
+            raise Stop(3, f"{error}: nothing was saved") from None
 
     slots = fixed[1].shape[1]  # masked positions per sequence
     price = functools.partial(transformer.flops, config, args.batch, slots)  # of a step, by its layers
     mean = mean_layers(method, args.steps)
+    machine = {"world_size": ranks.size, "device": device.type, "dtype": str(dtype), "threads": torch.get_num_threads()}
     if step == 0:
         record(
             "run", params=transformer.parameters(config), relative_flops_layers=args.layers / mean,
             relative_flops_step=price() / price(mean),
-            unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, world_size=1, device=device,
-            dtype=str(dtype), threads=torch.get_num_threads(),
+            unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, **machine,
             data={"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
             versions={"python": platform.python_version(), "torch": torch.__version__}, flags=flags_now,
         )  # fmt: skip
-    else:
-        record("resume", step=step, device=device, dtype=str(dtype), threads=torch.get_num_threads())
+    elif first:
+        record("resume", step=step, **machine, changed=flags_changed)
 
     # --- the loop ------------------------------------------------------------------------------------------------
-    stopped = []
+    stopped, saved = [], step
 
     def stop(signum, frame):  # the first signal lets the step finish, a second one is the system's to handle
         stopped.append(signum)
@@ -482,54 +329,61 @@ def main(args):
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
-    bar = tqdm(total=args.steps, initial=step, unit=" steps", disable=None, dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=step, unit=" steps", disable=None if first else True, dynamic_ncols=True)
     while step < args.steps:
         step += 1
+        subnetwork = method.subnetwork(step)
+        if ranks.agree(step, subnetwork, bool(stopped)):
+            if saved < step - 1:
+                save(step - 1)
+            bar.close()
+            name = signal.Signals(stopped[0]).name if stopped else "a signal to another process"
+            raise Stop(75, f"stopped by {name} after step {step - 1}; the same command continues")
+
         if method.depth(step) != len(model.blocks):
-            before, n, began = evaluate(model, fixed, [None], args.micro_batch, autocast), len(model.blocks), time.perf_counter()
-            sources = method.sources(n, method.depth(step))
-            optimizer = grow(model, optimizer, sources, initial, args)
-            if args.compile:
-                compile_blocks(model)
+            before, n = evaluate(model, fixed, [None], args.micro_batch, autocast, ranks), len(model.blocks)
+            began, sources = time.perf_counter(), method.sources(n, method.depth(step))
+            model, optimizer = grow(state(model, optimizer), sources, args, config, ranks)
             took = time.perf_counter() - began
-            after = evaluate(model, fixed, [None], args.micro_batch, autocast)
+            after = evaluate(model, fixed, [None], args.micro_batch, autocast, ranks)
             record("grow", step=step, depth_before=n, depth=len(sources), sources=sources, loss_before=before,
                    loss_after=after, seconds=took)  # fmt: skip
-            change = f"from {n} to {len(sources)} layers: held-out loss {before:.3f} to {after:.3f}"
-            bar.write(f"step {step:>6}  {change}", file=sys.stderr)
+            say(f"step {step:>6}  from {n} to {len(sources)} layers: held-out loss {before:.3f} to {after:.3f}")
 
         began = time.perf_counter()
-        subnetwork = method.subnetwork(step)
         kept = list(range(len(model.blocks))) if subnetwork is None else list(subnetwork.layers)
         batch = corpus.batch(args.seed, step, args.batch, args.seq)
-        targets = int((batch[2] != data.NO_TARGET).sum())
+        dropout_seed = int(data.rng(args.seed, "dropout", step).integers(1 << 62))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, method.since_growth(step))
-
-        loss = 0.0
-        for start in range(0, args.batch, args.micro_batch):
-            part = [torch.from_numpy(rows[start : start + args.micro_batch]).to(device) for rows in batch]
-            torch.manual_seed(int(data.rng(args.seed, "dropout", step).integers(1 << 62)) + start)
-            with autocast:
-                part_loss = model.loss(part, subnetwork and subnetwork.micro_batch(start, start + args.micro_batch)) / targets
-            part_loss.backward()
-            loss += part_loss.item()
+        own, gradients = loss_and_gradients(model, batch, subnetwork, args.micro_batch, dropout_seed, autocast, ranks)
+        trained = [p for p, g in zip(model.parameters(), gradients) if g is not None]
+        for p, g in zip(trained, ranks.reduce([g for g in gradients if g is not None])):
+            p.grad = g
+        sent = sum(p.numel() * p.element_size() for p in trained) if ranks.size > 1 else 0
         if args.skipped_grad == "zero":
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)))
+        losses = [theirs for theirs, *_ in ranks.gather(float(own))]
+        loss = parallel.pairwise(losses.__getitem__, 0, ranks.size, operator.add)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Stop(3, f"step {step}, layers {kept}: loss {loss}, gradient norm {norm}; nothing was updated or saved")
+            share = args.batch // ranks.size
+            bad = [i for i, own in enumerate(losses) if not math.isfinite(own)] or range(ranks.size)
+            ids = corpus.order(args.seed, step, args.batch, args.seq)
+            ids = ", ".join(str(i) for rank in bad for i in ids[rank * share : (rank + 1) * share])
+            raise Stop(3, f"step {step}, layers {kept}: loss {loss}, gradient norm {norm} on training sequences {ids}; "
+                          "nothing was updated or saved")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
         took = time.perf_counter() - began
         cost = len(kept) if subnetwork is None else subnetwork.cost(args.batch)
         flops, seconds = flops + round(price(cost)), seconds + took
         record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
-               layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took)  # fmt: skip
+               layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took, bytes_reduced=sent)  # fmt: skip
         speed = args.batch * args.seq / took
         bar.set_postfix_str(f"loss {loss:.3f}, stage {method.stage(step)}, {len(kept)} layers, {speed:,.0f} tokens/s")
         bar.update()
@@ -537,33 +391,57 @@ def main(args):
         last = step == args.steps
         stage_ends = last or method.stage(step + 1) != method.stage(step)
         if stage_ends or (args.eval_every and step % args.eval_every == 0):
-            full = evaluate(model, fixed, [None], args.micro_batch, autocast)
-            parts = {k: evaluate(model, fixed, paths, args.micro_batch, autocast) for k, paths in examples.items()}
-            record("eval", step=step, loss=full, flops=flops, subnetworks=parts)
-            shown = "".join(f", {k} layers {value:.3f}" for k, value in parts.items())
-            bar.write(f"step {step:>6}  held-out loss {full:.3f}{shown}", file=sys.stderr)
-        if last or stopped or (args.save_every and step % args.save_every == 0):
+            full = evaluate(model, fixed, [None], args.micro_batch, autocast, ranks)
+            shorter = {k: evaluate(model, fixed, paths, args.micro_batch, autocast, ranks) for k, paths in examples.items()}
+            record("eval", step=step, loss=full, flops=flops, subnetworks=shorter)
+            shown = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
+            say(f"step {step:>6}  held-out loss {full:.3f}{shown}")
+        if last or (args.save_every and step % args.save_every == 0):
             save(step)
-        if stopped and not last:
-            bar.close()
-            raise Stop(75, f"stopped by {signal.Signals(stopped[0]).name} after step {step}; the same command continues")
+            saved = step
     bar.close()
-    full = [e for e in report.read_log(run) if e["event"] == "eval"][-1]["loss"]
-    record("done", step=step, loss=full, flops=flops, seconds=seconds)
-    report.summarize(run)
+    if first:
+        full = [e for e in report.read_log(run) if e["event"] == "eval"][-1]["loss"]
+        record("done", step=step, loss=full, flops=flops, seconds=seconds)
+        report.summarize(run)
+    del lock
 
 
-if __name__ == "__main__":
+def start(args):
+    """The run, with everything that may end it turned into an exit code and one sentence. Returns the code."""
+    code, reason, ranks = 0, "", None
     try:
-        main(ARGS)
+        device, dtype = choose_machine(args)
+        if args.dry_run:
+            import dry_run
+
+            return dry_run.show(args)
+        ranks = parallel.Ranks(device, args.timeout)
+        main(args, dtype, ranks)
     except ValueError as error:
         code, reason = 2, error
     except checkpoint.NoCheckpoint as error:
         code, reason = 4, error
+    except parallel.Disagreement as error:
+        code, reason = 5, error
     except Stop as stop:
         code, reason = stop.args
-    else:
-        code, reason = 0, ""
-    if reason:
+    except parallel.Left as left:
+        return left.args[0]
+    except RuntimeError as error:
+        if ranks is None or ranks.size == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        what = str(error).strip().splitlines()[0][:120]
+        print(f"train.py: rank {ranks.rank}, step {ranks.step}: {ranks.missing()} ({what})", file=sys.stderr)
+        return 5
+    speaks = True
+    if ranks is not None:
+        code, speaks = ranks.leave(code)
+        ranks.close()
+    if reason and speaks:
         print(f"train.py: {reason}", file=sys.stderr)
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(start(ARGS))

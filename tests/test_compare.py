@@ -6,12 +6,13 @@ import sys
 import pytest
 
 import compare
+import options
 import train
 from conftest import ROOT
 
 
 def base(*more):
-    return train.parse(["--method=full", *more])
+    return options.parse(["--method=full", *more])
 
 
 def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
@@ -32,7 +33,7 @@ def test_every_schedule_costs_its_budget(arm, budget):
     except ValueError:
         assert (arm, budget) in {("pld", 3.0), ("decreasing", 2.0), ("decreasing", 3.0)}
         return
-    args = train.parse(["--steps=3000", *flags])
+    args = options.parse(["--steps=3000", *flags])
     method = train.methods.choose(args)
     cost = 0.0
     for step in range(1, args.steps + 1):
@@ -122,7 +123,7 @@ def test_schedules_that_cannot_be_are_not_planned():
     with pytest.raises(ValueError):
         compare.schedule("raptr", base("--layers", "4"), 2)  # two pinned layers leave nothing to draw from
     warm = base("--full_warmup", "400")
-    args = train.parse([*compare.schedule("raptr", warm, 1.333), "--full_warmup=400"])
+    args = options.parse([*compare.schedule("raptr", warm, 1.333), "--full_warmup=400"])
     method = train.methods.choose(args)
     assert sum(method.expected_layers(step) for step in range(1, 1601)) / 1600 == pytest.approx(9, abs=0.02)
 

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+import options
+import parallel
 import stacking
 import train
 from conftest import ROOT
@@ -13,6 +15,7 @@ from raptr import Subnetwork, stage_plan
 from stacking import Stacking
 from test_train import events, go, same, trajectory, weights
 
+ALONE = parallel.Ranks("cpu", 60)
 SMALL = Config(layers=6, width=16, heads=2, mlp=32, vocab=64, seq=8, dropout=0.0)
 
 
@@ -41,18 +44,16 @@ def test_a_jump_can_take_fresh_layers():
 def grown(sources, initial=None, moments="copy"):
     """A model of 3 blocks that has taken a few steps, before and after a growth: weights and moments by name."""
     torch.manual_seed(0)
-    args = train.parse(["--method", "full", "--moments", moments])
-    model = BERT(SMALL)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.blocks = model.blocks[:3]
-    optimizer = train.make_optimizer(model, args)
+    args = options.parse(["--method", "full", "--moments", moments])
+    initial = {name: p.detach().clone() for name, p in BERT(SMALL, args.seed).named_parameters()}
+    model, optimizer = train.build(args, SMALL, 3, ALONE)
     tokens = torch.randint(5, 64, (4, 8))
     for kept in [(0, 1, 2), (0, 2), (0, 1)]:
         model.loss((tokens, tokens[:, :3] % 8, tokens[:, :3]), Subnetwork(kept)).backward()
         optimizer.step()
         optimizer.zero_grad()
     before = {kind: {name: t.clone() for name, t in group.items()} for kind, group in train.state(model, optimizer).items()}
-    optimizer = train.grow(model, optimizer, sources, initial, args)
+    model, optimizer = train.grow(before, sources, args, SMALL, ALONE)
     return model, optimizer, before, train.state(model, optimizer), initial
 
 
@@ -106,8 +107,9 @@ def test_a_grown_network_of_idle_layers_computes_the_same():
         writer.weight.data.zero_()
     tokens = torch.randint(5, 64, (4, 8))
     expected = model.encode(tokens)
-    args = train.parse(["--method", "full"])
-    train.grow(model, train.make_optimizer(model, args), stacking.stacking(3, 4), None, args)
+    args = options.parse(["--method", "full"])
+    tensors = train.state(model, train.make_optimizer(model, args))
+    model, _ = train.grow(tensors, stacking.stacking(3, 4), args, SMALL, ALONE)
     assert len(model.blocks) == 4
     torch.testing.assert_close(model.encode(tokens), expected)
 
@@ -173,7 +175,7 @@ def test_a_full_warmup_trains_the_deep_network_first(tiny):
 
 def test_a_growth_can_warm_up(tiny):
     flags = ["--method", "stacking", "--stages", "2-4", "--steps", 12, "--warmup", 0, "--lr", 1, "--lr_schedule", "wsd"]
-    args = train.parse([*tiny, *map(str, flags), "--growth_warmup", "4"])
+    args = options.parse([*tiny, *map(str, flags), "--growth_warmup", "4"])
     method = train.methods.choose(args)
     rates = [train.learning_rate(args, step, method.since_growth(step)) for step in range(5, 11)]
     assert rates == pytest.approx([1, 1, 0.25, 0.5, 0.75, train.learning_rate(args, 10)])
@@ -191,7 +193,7 @@ def test_a_growth_can_warm_up(tiny):
 )
 def test_growths_that_cannot_be_are_refused(tiny, flags, word, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train.parse([*tiny, *flags.split()])
+        options.parse([*tiny, *flags.split()])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and word in error and error.count("\n") == 1, error
 

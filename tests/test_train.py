@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import options
 import train
 from conftest import ROOT
 from raptr import Subnetwork
@@ -20,7 +21,7 @@ from raptr import Subnetwork
 
 def go(flags, *more):
     """Run train.py in this process."""
-    train.main(train.parse([*flags, *map(str, more)]))
+    assert train.start(options.parse([*flags, *map(str, more)])) == 0
     return Path(flags[flags.index("--out") + 1])
 
 
@@ -67,7 +68,7 @@ def test_it_learns_and_logs_what_was_promised(tiny):
 
 def test_the_learning_rate_warms_up_and_decays():
     flags = "--method full --steps 100 --warmup 10 --lr 1 --min_lr 0.1"
-    linear, cosine, wsd = (train.parse([*flags.split(), "--lr_schedule", s]) for s in ("linear", "cosine", "wsd"))
+    linear, cosine, wsd = (options.parse([*flags.split(), "--lr_schedule", s]) for s in ("linear", "cosine", "wsd"))
     for args in (linear, cosine, wsd):
         assert [train.learning_rate(args, step) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
         assert train.learning_rate(args, 100) == pytest.approx(0.1)
@@ -80,7 +81,7 @@ def test_the_learning_rate_warms_up_and_decays():
 @pytest.mark.parametrize("skipped_grad", ["none", "zero"])
 def test_a_skipped_layer_rests(tiny, skipped_grad):
     run = go(tiny, "--steps", 7, "--save_every", 1, "--keep", 9, "--skipped_grad", skipped_grad, "--weight_decay", 0.1)
-    method = train.methods.choose(train.parse([*tiny, "--steps", "7"]))
+    method = train.methods.choose(options.parse([*tiny, "--steps", "7"]))
     touched = 0
     for step in range(2, 7):
         before, after = (load_file(run / f"step_{s:08d}" / "model.safetensors") for s in (step - 1, step))
@@ -102,7 +103,7 @@ def test_a_skipped_layer_rests(tiny, skipped_grad):
 
 def test_every_parameter_is_in_the_optimizer_once():
     model = train.transformer.BERT(train.transformer.Config(layers=2, width=16, heads=2, mlp=32, vocab=100, seq=16))
-    optimizer = train.make_optimizer(model, train.parse(["--method", "full"]))
+    optimizer = train.make_optimizer(model, options.parse(["--method", "full"]))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
@@ -290,7 +291,7 @@ def test_a_bad_flag_is_one_sentence_and_nothing_is_created(tiny, tmp_path, flags
         code, error = shown.returncode, shown.stderr
     else:
         with pytest.raises(SystemExit) as stopped:
-            train.parse([*tiny, *flags.split()])
+            options.parse([*tiny, *flags.split()])
         code, error = stopped.value.code, capsys.readouterr().err
     assert code == 2 and word in error and error.count("\n") == 1, error
     assert not (tmp_path / "run").exists()
@@ -303,26 +304,26 @@ def test_a_bad_flag_is_one_sentence_and_nothing_is_created(tiny, tmp_path, flags
 def test_a_bad_preset_is_refused(tmp_path, toml, word, capsys):
     (tmp_path / "p.toml").write_text(toml)
     with pytest.raises(SystemExit) as stopped:
-        train.parse(["--config", str(tmp_path / "p.toml")])
+        options.parse(["--config", str(tmp_path / "p.toml")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and word in error and error.count("\n") == 1, error
 
 
 def test_a_flag_beats_the_preset(tmp_path):
     (tmp_path / "p.toml").write_text('layers = 6\nmethod = "full"\ncompile = true')
-    args = train.parse(["--config", str(tmp_path / "p.toml"), "--layers", "8", "--no-compile"])
+    args = options.parse(["--config", str(tmp_path / "p.toml"), "--layers", "8", "--no-compile"])
     assert (args.layers, args.method, args.compile, args.mlp) == (8, "full", False, 4 * 768)
 
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
 def test_every_preset_is_good(preset):
     flags = tomllib.loads((ROOT / "configs" / preset).read_text())
-    args = train.parse(["--config", f"configs/{preset}"])
+    args = options.parse(["--config", f"configs/{preset}"])
     assert all(getattr(args, name) == value for name, value in flags.items())
 
 
 def test_a_setting_that_is_ignored_earns_a_warning(capsys):
-    train.parse(["--method", "full", "--stages", "6-12", "--lr", "1e-3"])
+    options.parse(["--method", "full", "--stages", "6-12", "--lr", "1e-3"])
     assert "--stages" in capsys.readouterr().err
 
 
@@ -344,7 +345,7 @@ def test_every_method_has_its_own_published_plan():
     """Of a plain `--method NAME`, with the presets as they are."""
     plans = {}
     for name in ("raptr", "stacking", "progressive", "midas", "mslt"):
-        plans[name] = [stage.length for stage in train.methods.choose(train.parse(["--method", name])).plan]
+        plans[name] = [stage.length for stage in train.methods.choose(options.parse(["--method", name])).plan]
     assert plans == {
         "raptr": [6, 8, 10, 12], "stacking": [6, 9, 12], "progressive": [3, 6, 12], "midas": [6, 9, 12], "mslt": [6, 9, 12, 12],
     }  # fmt: skip
@@ -374,6 +375,6 @@ def test_help_does_not_wait_for_torch():
 
 def test_auto_stages_are_the_papers():
     for layers, stages in ((12, [6, 8, 10, 12]), (24, [12, 16, 20, 24])):
-        method = train.methods.choose(train.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
+        method = train.methods.choose(options.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
         assert [stage.length for stage in method.plan] == stages
         assert isinstance(method.subnetwork(1), Subnetwork) and math.isclose(method.expected_layers(1), stages[0])
