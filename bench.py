@@ -5,6 +5,7 @@
     python bench.py --only methods      every method over a whole run, and a growth
     python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
     python bench.py --only data         what making a batch takes of a step
+    python bench.py --only reliability  what checks, log and checkpoints take of the toy
     python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
 
 Each round times one step of every candidate, one after another, so that a slow moment of the machine hits all of them;
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import methods
 import model as transformer
@@ -84,7 +86,7 @@ def our_step(config, size, dtype, compile=False):
     if compile:
         for block in model.blocks:
             block.compile()
-    return trainer(model, lambda subnetwork: model.loss(batch, subnetwork) / batch[2].numel(), dtype)
+    return trainer(model, lambda subnetwork: model(batch, subnetwork) / batch[2].numel(), dtype)
 
 
 def bench_paths(args, config, report):
@@ -207,6 +209,35 @@ def bench_data(args, config, report):
     report["data_share"] = share
 
 
+def bench_reliability(args, config, report):
+    """What safety takes of the toy: checks and log at each step, a checkpoint every 400, beside a full step."""
+    toy = options.parse(["--method=full"])
+    toy_config = transformer.Config(12, 128, 2, 512, 64, 4096, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
+    ranks, turn = parallel.Ranks("cpu", 60), iter(range(1, 10**9))
+    model, optimizer = train.build(toy, toy_config, 12, ranks)
+    step = our_step(toy_config, 16, args.dtype)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log.jsonl"), "a") as log:
+        line = {"event": "step", "loss": 1 / 3, "grad_norm": 1 / 7, "layers": [*range(12)], "tokens": 10**6, "flops": 10**12}
+
+        def check():
+            ranks.agree(next(turn), None, False)
+            ranks.gather(0.5)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+        def save():
+            checkpoint.save(folder, next(turn), train.state(model, optimizer), {}, 1)
+
+        times = interleaved({"step": lambda: step(None), "check": check, "save": save}, args.rounds)
+    seconds = {name: median(values) for name, values in times.items()}
+    share = (seconds["check"] + seconds["save"] / toy.save_every) / seconds["step"]
+    print(
+        f"  a toy checkpoint takes {seconds['save'] * 1e3:.0f} ms, agreeing and logging {seconds['check'] * 1e6:.0f} us a step;"
+    )
+    print(f"  with a checkpoint every {toy.save_every} steps that is {share:.2%} of a full step")
+    report |= {"save_seconds": seconds["save"], "reliability_share": share}
+
+
 def bench_memory(args, config, report):
     if not Path("/proc/self/status").exists():
         return print("  memory: read from /proc, which this system does not have; not run")
@@ -224,7 +255,14 @@ def bench_memory(args, config, report):
             report[f"peak_bytes_{name.replace(' ', '_')}"] = peak
 
 
-BENCHES = {"paths": bench_paths, "methods": bench_methods, "rival": bench_rival, "data": bench_data, "memory": bench_memory}
+BENCHES = {
+    "paths": bench_paths,
+    "methods": bench_methods,
+    "rival": bench_rival,
+    "data": bench_data,
+    "reliability": bench_reliability,
+    "memory": bench_memory,
+}
 
 
 def main():

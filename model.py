@@ -56,6 +56,18 @@ def rotate(x, cos, sin):  # (B, H, T, C/H)
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def explicit(q):
+    """Whether to write attention out: on the CPU in bfloat16 the backward pass of the fused kernel is the slower one."""
+    return q.is_cpu and q.dtype == torch.bfloat16
+
+
+def attend(q, k, v, dropout):  # (B, H, T, C/H) each
+    if explicit(q):
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)  # (B, H, T, T)
+        return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -68,12 +80,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        dropout = self.dropout if self.training else 0.0
-        if q.is_cpu and q.dtype == torch.bfloat16:  # the backward pass of the fused kernel is the slower one here
-            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)  # (B, H, T, T)
-            y = F.dropout(weights, dropout) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -175,19 +182,19 @@ class BERT(nn.Module):
         """One block, on all sequences or (rows) on some of them; the others pass by."""
         if rows is None:
             return block(x, scale, rotation)
-        rows = torch.tensor(rows, device=x.device)
+        rows = torch.tensor(rows, dtype=torch.long, device=x.device)  # perhaps none of this micro-batch
         return x.index_copy(0, rows, block(x[rows], scale, rotation))
 
-    def forward(self, tokens, masked, subnetwork=None):
+    def logits(self, tokens, masked, subnetwork=None):
         """Logits (B, M, V padded) at the masked positions (B, M) of token ids (B, T): the head runs nowhere else."""
         x = self.encode(tokens, subnetwork)
         x = x.gather(1, masked[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, M, C)
         return F.linear(self.head(x), self.tokens.weight, self.bias + self.padding)
 
-    def loss(self, batch, subnetwork=None):
+    def forward(self, batch, subnetwork=None):
         """Summed cross-entropy, in nats, over the targets of a batch (tokens, masked, targets); target -100 is no target."""
         tokens, masked, targets = batch
-        logits = self(tokens, masked, subnetwork)
+        logits = self.logits(tokens, masked, subnetwork)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100)
 
 

@@ -50,7 +50,7 @@ class Ranks:
             f"raptr{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0]
         )
         wait = timedelta(seconds=timeout)
-        dist.init_process_group(backend, wait, self.size, self.rank, self.store)
+        dist.init_process_group(backend, timeout=wait, world_size=self.size, rank=self.rank, store=self.store)
 
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +144,12 @@ def pairwise(part, first, last, add):
         return part(first)
     middle = (first + last) // 2
     return add(pairwise(part, first, middle, add), pairwise(part, middle, last, add))
+
+
+def reshard(model):
+    """Let go of what FSDP2 keeps gathered after a forward pass that no backward pass follows."""
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 def whole(tensor):

@@ -110,6 +110,7 @@ def state(model, optimizer):
     """All that a checkpoint holds, as {file: {name: tensor}}, in full; the moments by the names of their weights."""
     weights = {name: parallel.whole(p.detach()) for name, p in model.named_parameters()}
     moments = {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+    assert len(moments) == 3 * len(weights)
     return {"model": weights, "optimizer": {name: parallel.whole(value) for name, value in moments.items()}}
 
 
@@ -153,7 +154,7 @@ def loss_and_gradients(model, batch, subnetwork, size, dropout_seed, autocast, r
         torch.manual_seed(dropout_seed + start)
         part = [torch.from_numpy(rows[start:end]).to(ranks.device) for rows in batch]
         with autocast:
-            loss = model.loss(part, subnetwork and subnetwork.micro_batch(start, end)) / targets
+            loss = model(part, subnetwork and subnetwork.micro_batch(start, end)) / targets
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
         model.zero_grad(set_to_none=True)
@@ -177,11 +178,12 @@ def evaluate(model, batch, subnetworks, size, autocast, ranks):
         own = [0.0] * len(parts)
         for turn in range(ranks.rank, -(-len(parts) // ranks.size) * ranks.size, ranks.size):
             with autocast:
-                loss = float(model.loss(parts[turn % len(parts)], subnetwork))
+                loss = float(model(parts[turn % len(parts)], subnetwork))
             if turn < len(parts):
                 own[turn] = loss
         losses += own
     model.train()
+    parallel.reshard(model)
     return math.fsum(ranks.add(losses)) / int((batch[2] != data.NO_TARGET).sum())
 
 
@@ -277,7 +279,7 @@ def main(args, dtype, ranks):
 
     # --- log -------------------------------------------------------------------------------------------------------
     log, earlier = open_log(run, step) if first else (open(os.devnull, "w"), [])
-    done = first and earlier and earlier[-1]["event"] == "done"
+    done = bool(earlier) and earlier[-1]["event"] == "done"
     if ranks.gather(done)[0][0]:
         return report.summarize(run) if first else None
 
@@ -411,19 +413,19 @@ def start(args):
     """The run, with everything that may end it turned into an exit code and one sentence. Returns the code."""
     code, reason, ranks = 0, "", None
     try:
-        device, dtype = choose_machine(args)
         if args.dry_run:
             import dry_run
 
             return dry_run.show(args)
+        device, dtype = choose_machine(args)
         ranks = parallel.Ranks(device, args.timeout)
         main(args, dtype, ranks)
     except ValueError as error:
-        code, reason = 2, error
+        code, reason = 2, str(error)
     except checkpoint.NoCheckpoint as error:
-        code, reason = 4, error
+        code, reason = 4, str(error)
     except parallel.Disagreement as error:
-        code, reason = 5, error
+        code, reason = 5, str(error)
     except Stop as stop:
         code, reason = stop.args
     except parallel.Left as left:

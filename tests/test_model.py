@@ -101,7 +101,7 @@ def test_equals_transformers_bert():
     assert not unexpected and all("position_ids" in name for name in missing)
     tokens, masked, _ = batch()
     logits = theirs(input_ids=tokens).logits.gather(1, masked[:, :, None].expand(-1, -1, c.padded_vocab))
-    torch.testing.assert_close(model(tokens, masked)[..., : c.vocab], logits[..., : c.vocab], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.logits(tokens, masked)[..., : c.vocab], logits[..., : c.vocab], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -114,7 +114,7 @@ def test_skipping_equals_gates_of_zero_and_one(norm, positions, kept):
     losses, gradients = [], []
     for subnetwork in (Subnetwork(kept), gates):
         model.zero_grad()
-        loss = model.loss(batch(), subnetwork)
+        loss = model(batch(), subnetwork)
         loss.backward()
         losses.append(loss)
         gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
@@ -137,22 +137,22 @@ def test_scale_multiplies_the_whole_update_once(norm):
 
 def test_none_is_every_layer_in_order():
     model = make()
-    a, b = model.loss(batch()), model.loss(batch(), Subnetwork((0, 1, 2, 3)))
+    a, b = model(batch()), model(batch(), Subnetwork((0, 1, 2, 3)))
     assert a.item() == b.item()
 
 
 def test_head_at_masked_positions_equals_head_everywhere():
     model = make()
     tokens, masked, targets = batch()
-    everywhere = model(tokens, torch.arange(24).expand(3, -1))
-    torch.testing.assert_close(model(tokens, masked), everywhere.gather(1, masked[:, :, None].expand(-1, -1, 128)))
+    everywhere = model.logits(tokens, torch.arange(24).expand(3, -1))
+    torch.testing.assert_close(model.logits(tokens, masked), everywhere.gather(1, masked[:, :, None].expand(-1, -1, 128)))
 
 
 def test_spare_slots_cost_nothing():
     model = make()
     tokens, masked, targets = batch()
     more = torch.cat([masked, torch.zeros(3, 2, dtype=torch.long)], 1), torch.cat([targets, torch.full((3, 2), -100)], 1)
-    torch.testing.assert_close(model.loss((tokens, *more)), model.loss((tokens, masked, targets)))
+    torch.testing.assert_close(model((tokens, *more)), model((tokens, masked, targets)))
 
 
 def test_padded_ids_are_never_predicted():
@@ -160,10 +160,10 @@ def test_padded_ids_are_never_predicted():
     assert model.config.padded_vocab == 128
     model.bias.data[100:] = 1e4
     tokens, masked, targets = batch()
-    assert torch.isneginf(model(tokens, masked)[..., 100:]).all()
-    model.loss((tokens, masked, targets)).backward()
+    assert torch.isneginf(model.logits(tokens, masked)[..., 100:]).all()
+    model((tokens, masked, targets)).backward()
     assert not model.tokens.weight.grad[100:].any() and not model.bias.grad[100:].any()
-    assert torch.isfinite(model.loss((tokens, masked, targets)))
+    assert torch.isfinite(model((tokens, masked, targets)))
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -192,7 +192,7 @@ def test_flops_agree_with_pytorchs_counter(layers, positions, monkeypatch):
     subnetwork = layers and Subnetwork(tuple(range(layers)))
     model, counter = BERT(config), FlopCounterMode(display=False)
     with counter, torch.autocast("cpu", torch.bfloat16):  # plain attention: the counter sees every product
-        model.loss(batch(config, 2), subnetwork).backward()
+        model(batch(config, 2), subnetwork).backward()
     assert counter.get_total_flops() == pytest.approx(transformer.flops(config, 2, 4, layers), rel=0.01)
 
 
@@ -214,7 +214,7 @@ def test_compiled_blocks_share_one_graph_over_all_paths():
     seen = set()
     for kept, scale in [((0, 3), None), ((1,), None), ((0, 1, 2, 3), None), ((0, 2), (0.5, 1.5)), ((1, 2, 3), (1.0, 2.0, 3.0))]:
         subnetwork = Subnetwork(kept, scale)
-        losses = [m.loss(batch(), subnetwork) for m in (model, compiled)]
+        losses = [m(batch(), subnetwork) for m in (model, compiled)]
         losses[1].backward()
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
         seen.add(round(losses[1].item(), 4))

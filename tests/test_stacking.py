@@ -49,7 +49,7 @@ def grown(sources, initial=None, moments="copy"):
     model, optimizer = train.build(args, SMALL, 3, ALONE)
     tokens = torch.randint(5, 64, (4, 8))
     for kept in [(0, 1, 2), (0, 2), (0, 1)]:
-        model.loss((tokens, tokens[:, :3] % 8, tokens[:, :3]), Subnetwork(kept)).backward()
+        model((tokens, tokens[:, :3] % 8, tokens[:, :3]), Subnetwork(kept)).backward()
         optimizer.step()
         optimizer.zero_grad()
     before = {kind: {name: t.clone() for name, t in group.items()} for kind, group in train.state(model, optimizer).items()}
@@ -91,7 +91,7 @@ def test_no_two_layers_share_storage_and_every_weight_trains():
     assert len(pointers) == len(set(pointers))
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = torch.randint(5, 64, (4, 8))
-    model.loss((tokens, tokens[:, :3] % 8, tokens[:, :3])).backward()
+    model((tokens, tokens[:, :3] % 8, tokens[:, :3])).backward()
     optimizer.step()
     assert all(not torch.equal(p, old[name]) for name, p in model.named_parameters() if name != "bias")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -120,9 +120,9 @@ def test_mslt_trains_only_what_is_new():
     torch.manual_seed(0)
     model, tokens = BERT(SMALL), torch.randint(5, 64, (4, 8))
     batch = (tokens, tokens[:, :3] % 8, tokens[:, :3])
-    loss = model.loss(batch, Subnetwork((0, 1, 2, 3, 4, 5), frozen=4))
+    loss = model(batch, Subnetwork((0, 1, 2, 3, 4, 5), frozen=4))
     loss.backward()
-    assert loss.item() == model.loss(batch).item()
+    assert loss.item() == model(batch).item()
     for name, p in model.named_parameters():
         frozen = name.startswith(tuple(f"blocks.{i}." for i in range(4))) or "positions" in name or "embedding_norm" in name
         assert (p.grad is None) == frozen, name
@@ -139,7 +139,7 @@ def test_frozen_layers_cost_what_pytorch_counts(only_new):
     subnetwork = Subnetwork(tuple(range(12)), frozen=8 if only_new else 0)
     tokens = torch.randint(5, 500, (2, 64))
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        BERT(config).loss((tokens, tokens[:, :4] % 64, tokens[:, :4]), subnetwork).backward()
+        BERT(config)((tokens, tokens[:, :4] % 64, tokens[:, :4]), subnetwork).backward()
     assert counter.get_total_flops() == pytest.approx(transformer.flops(config, 2, 4, subnetwork.cost(2)), rel=0.01)
 
 

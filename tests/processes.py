@@ -1,0 +1,75 @@
+"""Real processes for tests, started in a moment: a server that has loaded torch once forks each of them."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+
+import torch
+
+import options
+import train
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train"])
+
+
+def one(rank, world, port, flags, fault, stderr):
+    """The body of a process: train.py with these flags, as torchrun would start it."""
+    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    if fault:
+        fault(rank)
+    sys.exit(train.start(options.parse(flags)))
+
+
+class Run:
+    """One run of `world` processes. fault: a function of the rank, called in each process before it starts."""
+
+    def __init__(self, flags, world=1, fault=None):
+        run = flags[flags.index("--out") + 1]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        flags = [str(flag) for flag in flags]
+        self.log, self.files = f"{run}/log.jsonl", [f"{run}.{port}.{rank}.err" for rank in range(world)]
+        self.processes = [
+            SERVER.Process(target=one, args=(rank, world, port, flags, fault, self.files[rank])) for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def steps(self):
+        try:
+            with open(self.log) as file:
+                return sum('"event": "step"' in line for line in file)
+        except OSError:
+            return 0
+
+    def alive(self):
+        return any(process.is_alive() for process in self.processes)
+
+    def reach(self, step):
+        """Wait until so many steps are logged, or the run has ended."""
+        while self.steps() < step and self.alive():
+            time.sleep(0.002)
+        return self
+
+    def send(self, name, rank=0):
+        os.kill(self.processes[rank].pid, getattr(signal, name))
+        return self
+
+    def end(self, seconds=60):
+        """(exit codes by rank, what they wrote to stderr by rank); killed after `seconds`."""
+        limit = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, limit - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.processes], [open(file).read() for file in self.files]

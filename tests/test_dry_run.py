@@ -1,0 +1,60 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dry_run
+import options
+import train
+from conftest import ROOT
+from test_train import command
+
+MEASURE = """
+import resource, sys, train, options
+sys.path.insert(0, "tests")
+train.steady_memory = lambda: None  # so that freed memory goes back, and the peak is that of what is alive
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loop = train.evaluate
+assert train.start(options.parse(sys.argv[1:])) == 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is measured as Linux gives it")
+def test_memory_is_what_a_run_takes(tiny, tmp_path):
+    flags = "--layers 6 --width 256 --heads 4 --seq 256 --batch 32 --steps 3 --method full --dtype float32 --device cpu".split()
+    flags = [*flags, "--eval_sequences", "8", "--data", tiny[tiny.index("--data") + 1], "--out", str(tmp_path / "run")]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, "-c", MEASURE, *flags], capture_output=True, text=True, env=env)
+    measured = int(shown.stdout.split()[-1])
+    estimated = dry_run.costs(options.parse([*flags, "--vocab", "512", "--dry_run"]))["memory"]
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_costs_by_hand():
+    """BERT-Base on 8 GPUs: 109.5M parameters and their moments, shared out by FSDP2; FLOPs from the logs' own count."""
+    flags = ["--config", "configs/bert_base.toml", "--dry_run", "--gpus", "8"]
+    c = dry_run.costs(options.parse(flags))
+    assert c["parameters"] == pytest.approx(110e6, rel=0.01)
+    assert (c["weights"], c["gradients"], c["moments"]) == (4 * c["parameters"], 4 * c["parameters"], 8 * c["parameters"])
+    assert c["tokens"] == 1_000_000 * 256 * 512 and c["relative_flops_layers"] == pytest.approx(4 / 3)
+    assert c["hours"] * 3600 * 8 * 989e12 * 0.4 == pytest.approx(c["flops"])
+    sharded = dry_run.costs(options.parse([*flags, "--fsdp"]))
+    assert sharded["moments"] * 8 == c["moments"] and sharded["memory"] < c["memory"]
+    smaller = dry_run.costs(options.parse([*flags, "--micro_batch", "8"]))
+    assert smaller["activations"] < 0.4 * c["activations"] and smaller["flops"] == c["flops"]
+
+
+def test_logits_are_counted():
+    c = dry_run.step_memory(train.transformer.Config(2, 64, 2, 128, 64, 5000, 0.0), 4, 10, False, False)
+    assert c[1] == 4 * 10 * 5056 * 4  # in float32, kept once for the backward pass
+    assert c[0] > c[1]
+
+
+def test_nothing_is_created_and_no_gpu_is_needed(tmp_path):
+    out = tmp_path / "run"
+    shown = command(["--config", "configs/bert_large.toml", "--dry_run", "--gpus", "8", "--device", "cuda", "--out", str(out)])
+    assert shown.returncode == 0 and "335" in shown.stdout and not out.exists()
+    assert not torch.cuda.is_available() or "GPU" in shown.stdout
