@@ -473,9 +473,8 @@ class Corpus:
         windows = self.windows("train", seq, self.order(seed, step, size, seq))
         return mask_tokens(windows, self.vocab, rng(seed, "mask", step))
 
-    def fixed(self, size, seq, tuning=False):
-        """Up to `size` held-out windows, spread evenly, masked the same for every seed and run. tuning: up to `size` of those
-        that are left over. ValueError if none are."""
+    def held_out(self, size, seq, tuning=False):
+        """Up to `size` held-out windows, spread evenly. tuning: of those that this leaves over; ValueError if it leaves none."""
         n = self.count("val", seq)
         index = np.arange(min(size, n)) * n // min(size, n)
         if tuning:
@@ -483,7 +482,11 @@ class Corpus:
             if not len(rest):
                 raise ValueError(f"--eval_on tuning: all {n} held-out windows are evaluated on; lower --eval_sequences")
             index = rest[np.arange(min(size, len(rest))) * len(rest) // min(size, len(rest))]
-        return mask_tokens(self.windows("val", seq, index), self.vocab, rng(0, "evaluation"))
+        return self.windows("val", seq, index)
+
+    def fixed(self, size, seq, tuning=False):
+        """`held_out` windows, masked the same for every seed and run."""
+        return mask_tokens(self.held_out(size, seq, tuning), self.vocab, rng(0, "evaluation"))
 
     def unigram_loss(self, targets):
         """Mean loss, in nats, of predicting targets by their frequency in the training text."""

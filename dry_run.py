@@ -1,7 +1,6 @@
 """What a run needs, before it runs: parameters, FLOPs, memory, disk, hours. Nothing is allocated and no text is read.
 
     python train.py --config configs/bert_base.toml --dry_run --gpus 8 --device cuda
-    python dry_run.py                                           a line for every preset, on one GPU
 
 Memory is not a formula: the model takes one training step on fake tensors, which have shapes but no contents, and torch's
 own tracker counts what is alive. Hours are FLOPs / (GPUs x peak x MFU): --mfu is an assumption of yours, not a measurement.
@@ -17,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import data
+import denoisers
 import methods
 import model as transformer
 from raptr import mean_layers
@@ -25,53 +24,49 @@ from raptr import mean_layers
 GB = 1e9
 
 
-def step_memory(config, sequences, masked, bf16, gpu):
-    """(bytes at the peak of one step of one process, bytes of the logits among them), without gradients held over."""
-    logits = {}
-
-    def seen(tensor):
-        if tensor.shape[-1:] == (config.padded_vocab,) and tensor.numel() == sequences * masked * config.padded_vocab:
-            logits[tensor.untyped_storage()._cdata] = tensor.nbytes
-        return tensor
-
+def step_memory(config, sequences, targets, bf16, gpu):
+    """Bytes at the peak of one step of one process, on `sequences` sequences with `targets` positions in each for the head."""
     was = transformer.explicit
     transformer.explicit = lambda q: bf16 and not gpu
     try:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = transformer.BERT(config)
+            model = transformer.make(config)
             if gpu:  # fused attention with dropout keeps nothing more there; the CPU's would write attention out
                 for block in model.blocks:
                     block.attention.dropout = 0.0
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
             tokens = torch.zeros(sequences, config.seq, dtype=torch.long)
-            batch = (tokens, tokens[:, :masked].clone(), tokens[:, :masked].clone())
+            asked = tokens[:, : math.ceil(targets)].clone()
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             optimizer.step()  # now it has its state
             optimizer.zero_grad(set_to_none=True)
             tracker = MemTracker()
             tracker.track_external(model, optimizer)
-            with tracker, torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+            with tracker:
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    loss = model(batch)
+                    if config.arch == "bert":
+                        states = model.states(tokens, asked)
+                    else:
+                        states = model.states(tokens, tokens[:, 0])[:, : asked.shape[1]]
+                    loss = model.cross_entropy(states.flatten(0, 1), asked.flatten())
                 loss.backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     finally:
         transformer.explicit = was
-    return peak["Total"], sum(logits.values())
 
 
 def costs(args):
     """Everything that is printed, as a dict: bytes, FLOPs, hours. `args`: the flags of train.py, parsed."""
-    config = transformer.Config(**{name: getattr(args, name) for name in transformer.Config.__dataclass_fields__})
-    method, masked = methods.choose(args), data.masked_per_window(args.seq)
-    price = functools.partial(transformer.flops, config, args.batch, masked)
+    config = transformer.Config.of(args, denoisers.model_vocab(args))
+    method, targets = methods.choose(args), denoisers.targets_per_row(args)
+    price = functools.partial(transformer.flops, config, args.batch, targets)
     mean, P, W = mean_layers(method, args.steps), transformer.parameters(config), args.gpus
     gpu = args.device in ("auto", "cuda")
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
-    peak, logits = step_memory(config, args.micro_batch, masked, bf16, gpu)
-    activations = peak - 12 * P  # weights and two moments, 4 bytes each
+    activations = step_memory(config, args.micro_batch, targets, bf16, gpu) - 12 * P  # weights and two moments, 4 bytes each
+    logits = 4 * config.padded_vocab * min(args.loss_chunk or math.inf, math.ceil(args.micro_batch * targets))
     count = args.batch // args.micro_batch // W  # micro-batches of a process
     waiting = math.ceil(math.log2(count)) if count > 1 else 0  # gradients set aside while the next are computed
     share = W if args.fsdp else 1
@@ -121,24 +116,3 @@ def show(args):
         rows.insert(6, ("", "up to half as much again where malloc keeps what is freed, as train.py asks it to"))
     print("\n" + "\n".join(f"  {name:15} {text}" for name, text in rows) + "\n")
     return 0
-
-
-def main():
-    from pathlib import Path
-
-    import options
-
-    print("\n  preset         parameters   FLOPs in all   relative: layers  whole steps    memory    hours")
-    for path in sorted((Path(__file__).parent / "configs").glob("*.toml")):
-        args = options.parse([f"--config={path}", "--dry_run"])
-        sizes = [m for m in range(1, args.batch + 1) if args.batch % m == 0 and m * args.seq <= 1 << 14]
-        args.micro_batch = max(sizes, default=1)
-        c = costs(args)
-        relative = f"{c['relative_flops_layers']:16.3f}  {c['relative_flops_step']:11.3f}"
-        size = f"{c['parameters'] / 1e6:9,.1f}M   {c['flops']:12.3e}"
-        print(f"  {path.stem:13} {size}   {relative}  {c['memory'] / GB:5.1f} GB   {c['hours']:6,.2f}")
-    print(f"\n  On one GPU of {args.peak:g} TFLOP/s at an MFU of {args.mfu:.0%}, at most 16,384 tokens at a time.\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,28 @@
-"""The transformer: a BERT encoder that runs any subset of its layers, and what that costs.
+"""The transformer: a BERT encoder and a UL2 decoder that run any subset of their layers, and what that costs.
 
-One visible place decides what a skipped layer means: the loop in `BERT.encode`. Blocks know nothing of paths.
-Not here: which layers to run (raptr.py), the data (data.py), the optimizer (train.py).
+One visible place decides what a skipped layer means: the loop in `Stack.encode`. Blocks know nothing of paths, and what
+they share (positions, the attention mask) is made by the stack, never in a block that may be skipped.
+Not here: which layers to run (raptr.py), the data (data.py, denoisers.py), the optimizer (train.py).
 
     python model.py             parameters and FLOPs of every preset in configs/
 
-Sources: BERT (Devlin et al., arXiv 1810.04805); pre-LN (Xiong et al., arXiv 2002.04745); rotary positions
-(Su et al., arXiv 2104.09864). `--norm post --positions learned --dropout 0.1 --init_std 0.02` is BERT as published, but for
+Sources: BERT (Devlin et al., arXiv 1810.04805); UL2 (Tay et al., arXiv 2205.05131); pre-LN (Xiong et al., arXiv
+2002.04745); rotary positions (Su et al., arXiv 2104.09864); relative positions (T5, Raffel et al., arXiv 1910.10683); gated
+MLP (Shazeer, arXiv 2002.05202). `--norm post --positions learned --dropout 0.1 --init_std 0.02` is BERT as published, but for
 token types and the epsilon of its norms (1e-12 there, 1e-5 here).
 
-Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked positions per sequence.
+Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked positions per sequence, N targets in all.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from raptr import whole
 
@@ -31,8 +37,18 @@ class Config:
     vocab: int = 30522  # ids the tokenizer knows; the tables are padded up to `padded_vocab`
     dropout: float = 0.1
     norm: str = "pre"  # pre | post
-    positions: str = "learned"  # learned | rotary
+    positions: str = "learned"  # learned | rotary | relative
     init_std: float = 0.02
+    arch: str = "bert"  # bert | ul2
+    rms: bool = False  # RMS norm instead of layer norm
+    gated: bool = False  # gated MLP: a third matrix, whose product passes through the GELU
+    tied: bool = True  # the head's matrix is the token embedding
+    loss_chunk: int = 0  # targets whose logits exist at a time; 0: all
+
+    @classmethod
+    def of(cls, args, vocab):
+        """From the flags of train.py, for `vocab` token ids."""
+        return cls(**{**{name: getattr(args, name) for name in cls.__dataclass_fields__}, "vocab": vocab})
 
     @property
     def padded_vocab(self):
@@ -41,6 +57,14 @@ class Config:
 
 # ----------------------------------------------------------------------------------------------------------------
 # One block
+
+
+class Shared(NamedTuple):
+    """What the stack hands to every block."""
+
+    rotation: tuple | None = None  # cosines and sines, each (T, C/H)
+    mask: object = None  # who may see whom: bool or additive (B or 1, H or 1, T, T), or flex attention's BlockMask
+    past: dict | None = None  # keys and values of earlier tokens, of one block; this call adds its own
 
 
 def rotary(seq, dim, device=None, base=10_000.0):
@@ -56,16 +80,39 @@ def rotate(x, cos, sin):  # (B, H, T, C/H)
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def buckets(distance, count=32, far=128):
+    """T5's buckets of relative positions: half for each direction; near ones one by one, farther ones by logarithm."""
+    half = count // 2
+    near = distance.abs()
+    log = half // 2 + (near.clamp(min=1).float() / (half // 2)).log() / torch.tensor(far / (half // 2)).log() * (half // 2)
+    return half * (distance > 0) + torch.where(near < half // 2, near, log.long().clamp(max=half - 1))
+
+
 def explicit(q):
     """Whether to write attention out: on the CPU in bfloat16 the backward pass of the fused kernel is the slower one."""
     return q.is_cpu and q.dtype == torch.bfloat16
 
 
-def attend(q, k, v, dropout):  # (B, H, T, C/H) each
+def attend(q, k, v, mask, dropout):  # (B, H, T, C/H) each
+    if isinstance(mask, BlockMask):
+        return flex(q, k, v, block_mask=mask)
     if explicit(q):
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)  # (B, H, T, T)
-        return F.dropout(weights, dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return F.dropout(scores.softmax(dim=-1).to(q.dtype), dropout) @ v
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention)
+
+
+def flex(q, k, v, block_mask):
+    """Flex attention, which skips what a BlockMask hides; fused on a GPU."""
+    return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=block_mask)
 
 
 class Attention(nn.Module):
@@ -75,24 +122,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x, rotation):
+    def forward(self, x, shared):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        if shared.rotation is not None:
+            q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
+        if shared.past is not None:
+            k, v = (torch.cat([shared.past[name], new], 2) if shared.past else new for name, new in (("k", k), ("v", v)))
+            shared.past.update(k=k, v=v)
+        y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0)
         return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
-        self.up = nn.Linear(config.width, config.mlp)
+        self.dropout, self.gated = config.dropout, config.gated
+        self.up = nn.Linear(config.width, (2 if config.gated else 1) * config.mlp)
         self.down = nn.Linear(config.mlp, config.width)
 
     def forward(self, x):
-        return F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training)
+        x = self.up(x)
+        gate, x = x.chunk(2, dim=-1) if self.gated else (x, 1.0)
+        return F.dropout(self.down(F.gelu(gate) * x), self.dropout, self.training)
+
+
+def make_norm(config):
+    return (nn.RMSNorm if config.rms else nn.LayerNorm)(config.width, eps=1e-5)
 
 
 class Block(nn.Module):
@@ -100,13 +156,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
+        self.norm1 = make_norm(config)
         self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, scale, rotation):
-        h = x + self.attention(self.norm1(x), rotation)
+    def forward(self, x, scale, shared):
+        h = x + self.attention(self.norm1(x), shared)
         y = h + self.mlp(self.norm2(h))
         return y if scale is None else torch.lerp(x, y, scale)
 
@@ -114,18 +170,19 @@ class Block(nn.Module):
 class PostBlock(Block):
     """Post-LN block, as in the original BERT."""
 
-    def forward(self, x, scale, rotation):
-        h = self.norm1(x + self.attention(x, rotation))
+    def forward(self, x, scale, shared):
+        h = self.norm1(x + self.attention(x, shared))
         y = self.norm2(h + self.mlp(h))
         return y if scale is None else torch.lerp(x, y, scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The model
+# The stack of blocks
 
 
-class BERT(nn.Module):
-    """seed: of the initial weights. Models of one seed that differ in depth begin with the same draws in the layers both have."""
+class Stack(nn.Module):
+    """Embeddings and blocks. seed: of the initial weights. Models of one seed that differ in depth begin with the same draws
+    in the layers both have."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -134,9 +191,11 @@ class BERT(nn.Module):
         post = config.norm == "post"
         self.tokens = nn.Embedding(V, C)
         self.positions = nn.Embedding(config.seq, C) if config.positions == "learned" else None
-        self.embedding_norm = nn.LayerNorm(C)
-        self.final_norm = nn.Identity() if post else nn.LayerNorm(C)
-        self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), nn.LayerNorm(C))  # then the tied token embedding
+        self.relative = nn.Embedding(32, config.heads) if config.positions == "relative" else None
+        self.embedding_norm = make_norm(config)
+        self.final_norm = nn.Identity() if post else make_norm(config)
+        self.add_head()
+        self.untied = None if config.tied else nn.Linear(C, V, bias=False)
         self.bias = nn.Parameter(torch.zeros(V))
         padding = torch.zeros(V).masked_fill(torch.arange(V) >= config.vocab, -torch.inf)
         self.register_buffer("padding", padding, persistent=False)  # ids of the padding are never predicted
@@ -148,25 +207,37 @@ class BERT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.apply(lambda module: self.init(module, generator))
 
+    def add_head(self):
+        pass
+
     def init(self, module, generator):
         """Matrices normal, biases zero, norms one. In a pre-LN stack 2L updates add up on one stream, so what writes to it
         begins smaller by sqrt(2L), as in GPT-2; the original, post-LN BERT has no such rule."""
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.init_std, generator=generator)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block) and self.config.norm == "pre":  # comes after its parts
             for writer in (module.attention.out, module.mlp.down):
                 writer.weight.data /= (2 * self.config.layers) ** 0.5
 
-    def encode(self, tokens, subnetwork=None):
-        """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them)."""
+    def encode(self, tokens, subnetwork=None, mask=None, past=None):
+        """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them).
+
+        mask: bool (B or 1, 1, T, T), whom each token may see, or a BlockMask; None: all. past: {}, which the call fills with
+        keys and values by layer, or that of the call before, whose tokens then come before these.
+        """
         T = tokens.shape[1]
+        start = next(iter(past.values()))["k"].shape[2] if past else 0
         x = self.tokens(tokens)  # (B, T, C)
         if self.positions is not None:
-            x = x + self.positions.weight[:T]
+            x = x + self.positions.weight[start : start + T]
         x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
-        rotation = (self.cos[:T], self.sin[:T]) if self.positions is None else None
+        rotation = (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
+        if self.relative is not None:
+            place = torch.arange(start + T, device=x.device)
+            bias = self.relative(buckets(place - place[start:, None])).permute(2, 0, 1)[None]  # (1, H, T, start + T)
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
         subnetwork = subnetwork or whole(len(self.blocks))
         kept, frozen, rows = subnetwork.layers, subnetwork.frozen, subnetwork.rows or [None] * len(subnetwork.layers)
@@ -174,28 +245,91 @@ class BERT(nn.Module):
         if subnetwork.scale is not None:
             scales = torch.tensor(subnetwork.scale, device=x.device).unbind()  # tensors: a float would recompile
         for i, layer in enumerate(kept):  # a layer not named here is bypassed: its input is its output
+            shared = Shared(rotation, mask, None if past is None else past.setdefault(layer, {}))
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= frozen):
-                x = self.run(self.blocks[layer], x, scales[i], rotation, rows[i])
+                x = self.run(self.blocks[layer], x, scales[i], shared, rows[i])
         return self.final_norm(x)
 
-    def run(self, block, x, scale, rotation, rows):
+    def run(self, block, x, scale, shared, rows):
         """One block, on all sequences or (rows) on some of them; the others pass by."""
         if rows is None:
-            return block(x, scale, rotation)
+            return block(x, scale, shared)
         rows = torch.tensor(rows, dtype=torch.long, device=x.device)  # perhaps none of this micro-batch
-        return x.index_copy(0, rows, block(x[rows], scale, rotation))
+        if shared.mask is not None and len(shared.mask) > 1:
+            shared = shared._replace(mask=shared.mask[rows])
+        return x.index_copy(0, rows, block(x[rows], scale, shared))
+
+    def head_weight(self):
+        return self.tokens.weight if self.untied is None else self.untied.weight
+
+    def cross_entropy(self, x, targets):
+        """Summed cross-entropy, in nats, of states (N, C) that predict targets (N,); target -100 is no target. With
+        `loss_chunk`, only so many logits (of V each) exist at a time, and are made again in the backward pass."""
+
+        def part(x, targets):
+            logits = F.linear(x, self.head_weight(), self.bias + self.padding)
+            return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-100)
+
+        size = self.config.loss_chunk
+        if not size or len(x) <= size:
+            return part(x, targets)
+        return sum(checkpoint(part, *rows, use_reentrant=False) for rows in zip(x.split(size), targets.split(size)))
+
+
+class BERT(Stack):
+    """An encoder that fills masks."""
+
+    def add_head(self):
+        C = self.config.width
+        self.head = nn.Sequential(nn.Linear(C, C), nn.GELU(), make_norm(self.config))  # then the tied token embedding
+
+    def states(self, tokens, masked, subnetwork=None):
+        """States (B, M, C) at the masked positions (B, M) of token ids (B, T): the head runs nowhere else."""
+        x = self.encode(tokens, subnetwork)
+        return self.head(x.gather(1, masked[:, :, None].expand(-1, -1, x.shape[-1])))
 
     def logits(self, tokens, masked, subnetwork=None):
-        """Logits (B, M, V padded) at the masked positions (B, M) of token ids (B, T): the head runs nowhere else."""
-        x = self.encode(tokens, subnetwork)
-        x = x.gather(1, masked[:, :, None].expand(-1, -1, x.shape[-1]))  # (B, M, C)
-        return F.linear(self.head(x), self.tokens.weight, self.bias + self.padding)
+        """Logits (B, M, V padded) at the masked positions."""
+        return F.linear(self.states(tokens, masked, subnetwork), self.head_weight(), self.bias + self.padding)
 
     def forward(self, batch, subnetwork=None):
-        """Summed cross-entropy, in nats, over the targets of a batch (tokens, masked, targets); target -100 is no target."""
+        """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), masked (B, M), targets (B, M)."""
         tokens, masked, targets = batch
-        logits = self.logits(tokens, masked, subnetwork)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100)
+        return self.cross_entropy(self.states(tokens, masked, subnetwork).flatten(0, 1), targets.flatten())
+
+
+class UL2(Stack):
+    """A decoder that reads a prefix in both directions and writes on from there."""
+
+    def mask(self, prefix, T, fused=False):
+        """Whom each token may see: (B, 1, T, T), true for tokens of the prefix (B,) and for those before. fused: the same as
+        a BlockMask."""
+        if fused:
+            sees = lambda b, h, q, k: (k <= q) | (k < prefix[b])  # noqa: E731
+            return create_block_mask(sees, len(prefix), None, T, T, device=prefix.device)
+        place = torch.arange(T, device=prefix.device)
+        return ((place <= place[:, None]) | (place < prefix[:, None, None]))[:, None]
+
+    def states(self, tokens, prefix, subnetwork=None):
+        """States (B, T, C) of token ids (B, T), of which the first `prefix` (B,) are read in both directions."""
+        picks_rows = subnetwork is not None and subnetwork.rows is not None
+        fused = tokens.is_cuda and self.relative is None and not picks_rows
+        return self.encode(tokens, subnetwork, self.mask(prefix, tokens.shape[1], fused))
+
+    def logits(self, tokens, prefix, subnetwork=None):
+        """Logits (B, T, V padded) of the next token."""
+        return F.linear(self.states(tokens, prefix, subnetwork), self.head_weight(), self.bias + self.padding)
+
+    def forward(self, batch, subnetwork=None):
+        """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T). The head
+        runs only where there is a target."""
+        tokens, prefix, targets = batch
+        written = targets != -100
+        return self.cross_entropy(self.states(tokens, prefix, subnetwork)[written], targets[written])
+
+
+def make(config, seed=0):
+    return {"bert": BERT, "ul2": UL2}[config.arch](config, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -205,35 +339,38 @@ class BERT(nn.Module):
 def parameters(config):
     """Number of weights, counted without allocating them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in BERT(config).parameters())
+        return sum(p.numel() for p in make(config).parameters())
 
 
-def flops(config, sequences, masked, layers=None):
-    """FLOPs of one training step (forward and backward) on `sequences` sequences with `masked` targets in each.
+def flops(config, sequences, targets, layers=None):
+    """FLOPs of one training step (forward and backward) on `sequences` sequences with `targets` positions in each that the
+    head runs on (a mean may be a fraction).
 
     layers: how many layers run (`Subnetwork.cost`), all by default; may be a fraction, for a mean. Counted are all
-    matrix products, attention and head included, at 2 FLOPs per multiply-add; the backward pass is twice the forward.
+    matrix products, attention (as if nothing were hidden) and head included, at 2 FLOPs per multiply-add; the backward pass
+    is twice the forward. What `loss_chunk` computes again is not counted.
     """
     C, T = config.width, config.seq
-    layer = 2 * T * (4 * C * C + 2 * C * config.mlp) + 2 * T * T * 2 * C  # projections and MLP; scores and their use
-    head = 2 * masked * (C * C + C * config.padded_vocab)
+    layer = 2 * T * (4 * C * C + (3 if config.gated else 2) * C * config.mlp) + 2 * T * T * 2 * C  # products; scores, their use
+    head = 2 * targets * (C * config.padded_vocab + (C * C if config.arch == "bert" else 0))
     return 3 * sequences * ((config.layers if layers is None else layers) * layer + head)
 
 
 def demo():
-    import tomllib
     from pathlib import Path
 
-    print("\n  preset        layers  width  params    FLOPs/step   half the layers   of which head")
-    for path in sorted((Path(__file__).parent / "configs").glob("bert*.toml")):
-        flags = tomllib.loads(path.read_text())
-        config = Config(**{name: flags[name] for name in Config.__dataclass_fields__ if name in flags})
-        masked = round(0.15 * config.seq)
-        full = flops(config, flags["batch"], masked)
-        half = flops(config, flags["batch"], masked, config.layers // 2) / full
-        head = flops(config, flags["batch"], masked, 0) / full
-        size = f"{parameters(config) / 1e6:.1f}M"
-        print(f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>6}  {full:12.3e}  {half:16.1%}  {head:14.1%}")
+    import denoisers
+    import options
+
+    print("\n  preset        layers  width   params    FLOPs/step   half the layers   of which head")
+    for path in sorted((Path(__file__).parent / "configs").glob("*.toml")):
+        args = options.parse([f"--config={path}"])
+        config, targets = Config.of(args, denoisers.model_vocab(args)), denoisers.targets_per_row(args)
+        full = flops(config, args.batch, targets)
+        half = flops(config, args.batch, targets, config.layers // 2) / full
+        head = flops(config, args.batch, targets, 0) / full
+        size = f"{parameters(config) / 1e6:,.1f}M"
+        print(f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}  {full:12.3e}  {half:16.1%}  {head:14.1%}")
     print("\n  A step is forward and backward over the whole batch. The head always runs, so half the layers cost a bit")
     print("  more than half a step; embeddings are look-ups and cost nothing here.\n")
 

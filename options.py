@@ -57,8 +57,8 @@ def flags():
         shown = f" [{default:g}]" if isinstance(default, float) else f" [{default}]" if default not in ("", None) else ""
         group.add_argument(f"--{name}", type=type, default=default, choices=choices, metavar=names, help=help + shown)
 
-    def switch(name, help):
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=help)
+    def switch(name, help, default=False):
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
 
     group = parser.add_argument_group("run")
     flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
@@ -103,6 +103,7 @@ def flags():
     flag("jump_init", str, "copy", "jump: new layers repeat the old, or are fresh", choices=["copy", "fresh"])
 
     group = parser.add_argument_group("model")
+    flag("arch", str, "bert", "encoder that fills masks, or decoder that reads a prefix and writes on", choices=["bert", "ul2"])
     flag("layers", count, 12, "transformer blocks")
     flag("width", count, 768, "hidden size")
     flag("heads", count, 12, "attention heads")
@@ -111,7 +112,12 @@ def flags():
     flag("vocab", number(int, "a whole number, 300 or above", lambda x: x >= 300), 30522, "token ids, if a tokenizer is made")
     flag("dropout", share, 0.1, "dropout rate")
     flag("norm", str, "pre", "layer norm before or after", choices=["pre", "post"])
-    flag("positions", str, "learned", "position encoding", choices=["learned", "rotary"])
+    flag("positions", str, "learned", "position encoding", choices=["learned", "rotary", "relative"])
+    switch("rms", "RMS norms instead of layer norms")
+    switch("gated", "gated MLP")
+    switch("tied", "the head's matrix is the token embedding [yes]", True)
+    flag("loss_chunk", natural, 0, "targets whose logits exist at a time; 0: all")
+    flag("denoisers", str, "r3,r8,s,x3,x8,x64,x64half", "ul2: its tasks, with weights: r3,s:2; also causal")
     flag("init_std", positive, 0.02, "standard deviation of initial weights")
 
     group = parser.add_argument_group("optimizer: AdamW")
@@ -211,6 +217,8 @@ def parse(argv):
             raise ValueError(f"--warmup {args.warmup:g} must be below --steps {args.steps}")
         if args.method == "mslt" and args.skipped_grad == "zero":
             raise ValueError("--skipped_grad zero would move the layers that --method mslt keeps as they are")
+        if args.arch == "ul2" and args.seq < 32:
+            raise ValueError(f"--seq {args.seq}: --arch ul2 needs 32 or more, for a mode, a prefix, spans and their names")
         methods.choose(args)
     except ValueError as error:
         parser.error(str(error))

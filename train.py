@@ -28,6 +28,7 @@ from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import denoisers  # noqa: E402
 import methods  # noqa: E402
 import model as transformer  # noqa: E402
 import parallel  # noqa: E402
@@ -96,7 +97,7 @@ def make_optimizer(model, args):
 
 def build(args, config, depth, ranks):
     """A fresh model with the lowest `depth` of its blocks, on its device and sharded if asked, and its optimizer."""
-    model = transformer.BERT(config, args.seed).to(ranks.device)
+    model = transformer.make(config, args.seed).to(ranks.device)
     model.blocks = model.blocks[:depth]
     if args.fsdp:
         ranks.shard(model)
@@ -144,9 +145,14 @@ def grow(tensors, sources, args, config, ranks):
     return model, optimizer
 
 
+def head_positions(args, batch):
+    """On how many positions of a sequence the head runs, in the mean of this batch: BERT's slots, UL2's targets."""
+    return batch[1].shape[1] if args.arch == "bert" else (batch[2] != data.NO_TARGET).sum() / len(batch[2])
+
+
 def loss_and_gradients(model, batch, subnetwork, size, dropout_seed, autocast, ranks):
-    """Of this rank's share of a batch (tokens, masked, targets), in micro-batches of `size` sequences: (its part of the mean
-    loss, gradients by parameter). The model is left without gradients; None is the gradient of what was skipped."""
+    """Of this rank's share of a batch (three arrays, the last one targets), in micro-batches of `size` sequences: (its part of
+    the mean loss, gradients by parameter). The model is left without gradients; None is that of what was skipped."""
     targets = int((batch[2] != data.NO_TARGET).sum())
 
     def one(i):  # micro-batch i of the whole batch
@@ -169,7 +175,7 @@ def loss_and_gradients(model, batch, subnetwork, size, dropout_seed, autocast, r
 
 @torch.no_grad()
 def evaluate(model, batch, subnetworks, size, autocast, ranks):
-    """Mean loss (nats) on a fixed batch (tokens, masked, targets). Of several subnetworks each gets an equal share of it.
+    """Mean loss (nats) on a fixed batch (the last of its tensors targets). Of several subnetworks each gets an equal share of it.
     The ranks take turns, `size` sequences each; all take equally many, as FSDP2 needs, and what is too many is not counted."""
     losses = []
     model.eval()
@@ -245,13 +251,13 @@ def main(args, dtype, ranks):
     if first:
         data.prepared(args.data, args.vocab)
     ranks.gather()  # the others wait for the text
-    corpus = data.Corpus(data.prepared(args.data, args.vocab))
+    tokens = data.Corpus(data.prepared(args.data, args.vocab))
+    corpus = denoisers.view(args, tokens)
     corpus.count("train", args.seq)
     fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")]
     method = methods.choose(args)
     examples = method.examples()
-    names = transformer.Config.__dataclass_fields__
-    config = transformer.Config(**{**{name: getattr(args, name) for name in names}, "vocab": corpus.vocab})
+    config = transformer.Config.of(args, denoisers.model_vocab(args, tokens.vocab))
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     run = Path(args.out)
@@ -306,14 +312,13 @@ def main(args, dtype, ranks):
         except checkpoint.NotFinite as error:
             raise Stop(3, f"{error}: nothing was saved") from None
 
-    slots = fixed[1].shape[1]  # masked positions per sequence
-    price = functools.partial(transformer.flops, config, args.batch, slots)  # of a step, by its layers
-    mean = mean_layers(method, args.steps)
+    price = functools.partial(transformer.flops, config, args.batch)  # of a step, by targets per sequence and layers
+    targets, mean = denoisers.targets_per_row(args), mean_layers(method, args.steps)
     machine = {"world_size": ranks.size, "device": device.type, "dtype": str(dtype), "threads": torch.get_num_threads()}
     if step == 0:
         record(
             "run", params=transformer.parameters(config), relative_flops_layers=args.layers / mean,
-            relative_flops_step=price() / price(mean),
+            relative_flops_step=price(targets) / price(targets, mean),
             unigram_loss=corpus.unigram_loss(fixed[2].cpu().numpy()), seed=args.seed, **machine,
             data={"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
             versions={"python": platform.python_version(), "torch": torch.__version__}, flags=flags_now,
@@ -383,7 +388,7 @@ def main(args, dtype, ranks):
 
         took = time.perf_counter() - began
         cost = len(kept) if subnetwork is None else subnetwork.cost(args.batch)
-        flops, seconds = flops + round(price(cost)), seconds + took
+        flops, seconds = flops + round(price(head_positions(args, batch), cost)), seconds + took
         record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
                layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took, bytes_reduced=sent)  # fmt: skip
         speed = args.batch * args.seq / took

@@ -131,8 +131,8 @@ def test_skipping_equals_gates_of_zero_and_one(norm, positions, kept):
 def test_scale_multiplies_the_whole_update_once(norm):
     block = make(norm=norm, layers=1).blocks[0]
     x = torch.randn(2, 24, 32)
-    update = block(x, None, None) - x
-    torch.testing.assert_close(block(x, torch.tensor(1.7), None), x + 1.7 * update)
+    update = block(x, None, transformer.Shared()) - x
+    torch.testing.assert_close(block(x, torch.tensor(1.7), transformer.Shared()), x + 1.7 * update)
 
 
 def test_none_is_every_layer_in_order():
@@ -181,8 +181,8 @@ def test_plain_attention_equals_the_fused_kernel():
     attention = make(layers=1).blocks[0].attention
     x = torch.randn(2, 24, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = attention(x, None)
-    torch.testing.assert_close(plain.float(), attention(x, None), rtol=0.05, atol=0.05)
+        plain = attention(x, transformer.Shared())
+    torch.testing.assert_close(plain.float(), attention(x, transformer.Shared()), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("layers", [None, 6, 8, 10])

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+
+import denoisers
+import options
+from data import NO_TARGET, SEP, Corpus, rng
+from denoisers import DENOISERS, MODES, UL2, denoise, extra_tokens, span_mask
+
+VOCAB, SEQ = 1000, 128
+FIRST = VOCAB + len(MODES)  # the first sentinel
+
+
+def text(rows, seq=SEQ, seed=0):
+    """Tokens that are all different from their neighbours, so that a mix-up would show."""
+    return np.random.default_rng(seed).integers(5, VOCAB, (rows, seq - 1))
+
+
+def rebuilt(tokens, prefix, targets):
+    """The text of one row, put together from what is read and what is written, token by token."""
+    written, current = {}, None
+    for token in targets[prefix - 1 :]:
+        assert token != NO_TARGET
+        if token >= FIRST:
+            current = written.setdefault(int(token), [])
+        elif current is not None:
+            current.append(int(token))
+    assert targets[-1] == SEP and current.pop() == SEP
+    whole = []
+    for token in tokens[1:prefix]:
+        whole += written.pop(int(token)) if token >= FIRST else [int(token)]
+    assert not written
+    return whole
+
+
+def inside(part, whole):
+    return any(part == list(whole[i : i + len(part)]) for i in range(len(whole) - len(part) + 1))
+
+
+@pytest.mark.parametrize("name", UL2.split(","))
+@pytest.mark.parametrize("seq", [32, 64, 128, 512])
+def test_inputs_and_targets_rebuild_the_text(name, seq):
+    source = text(40, seq)
+    tokens, prefix, targets = denoise(source, [name] * 40, VOCAB, seq, rng(0, "t"))
+    assert tokens.shape == targets.shape == (40, seq)
+    for row in range(40):
+        assert tokens[row, 0] == VOCAB + DENOISERS[name].mode
+        assert inside(rebuilt(tokens[row], prefix[row], targets[row]), source[row])
+        assert (targets[row, : prefix[row] - 1] == NO_TARGET).all() and (targets[row, prefix[row] - 1 :] != NO_TARGET).all()
+        assert (tokens[row, prefix[row] :] == targets[row, prefix[row] - 1 : -1]).all()  # what is written is seen afterwards
+        sentinels = tokens[row, : prefix[row]][tokens[row, : prefix[row]] >= FIRST]
+        assert list(sentinels) == list(range(FIRST, FIRST + len(sentinels)))
+    assert max(tokens.max(), targets.max()) < VOCAB + extra_tokens(seq)
+
+
+def test_a_causal_row_is_the_text():
+    source = text(3)
+    tokens, prefix, targets = denoise(source, ["causal"] * 3, VOCAB, SEQ, rng(0, "t"))
+    assert (prefix == 1).all() and (targets[:, :-1] == source).all() and (targets[:, -1] == SEP).all()
+    assert (tokens[:, 1:] == source).all()
+
+
+@pytest.mark.parametrize("name", [n for n in UL2.split(",") if n != "s"])
+@pytest.mark.parametrize("seq", [512, 1280])
+def test_corruption_rate_and_mean_span(name, seq):
+    """Within 2% over many draws, counted from the rows themselves, and every position as often as any other."""
+    denoiser, rows = DENOISERS[name], 4000
+    mask, n = span_mask(denoiser, rows, seq, rng(0, "m"))
+    assert mask.sum() / n.sum() == pytest.approx(denoiser.rate, rel=0.02)
+    begins = mask & ~np.concatenate([np.zeros((rows, 1), bool), mask[:, :-1]], 1)
+    assert mask.sum() / begins.sum() == pytest.approx(denoiser.span, rel=0.02)
+    middle = mask[:, : n.min() * 9 // 10].mean(0)
+    ends = [
+        np.take_along_axis(mask, place, 1).mean() for place in (np.tile(np.arange(4), (rows, 1)), n[:, None] - 1 - np.arange(4))
+    ]
+    shares = [*(part.mean() for part in np.array_split(middle, 8)), *ends]  # from the row's own ends, too
+    assert shares == pytest.approx([denoiser.rate] * 10, rel=0.07)
+    if name == "x64":
+        assert mask[np.arange(rows), n - 1].mean() < 0.25  # not always the tail
+
+
+def test_a_prefix_language_model_writes_a_quarter():
+    mask, n = span_mask(DENOISERS["s"], 4000, 512, rng(0, "m"))
+    assert mask.sum() / n.sum() == pytest.approx(0.25, rel=0.02)
+    assert all(row[: length - m].sum() == 0 for row, length, m in zip(mask, n, mask.sum(1)))
+
+
+def test_rows_are_full_whatever_the_draw():
+    names = rng(0, "n").choice(UL2.split(","), 3000)
+    tokens, prefix, targets = denoise(text(3000, 64), names, VOCAB, 64, rng(0, "t"))
+    assert (targets[:, -1] == SEP).all() and (prefix > 1).all() and (prefix < 64).all()
+
+
+def test_the_mixture_is_even_and_can_be_weighted(corpus):
+    corpus = Corpus(corpus)
+    view = denoisers.Denoised(corpus, denoisers.mixture(UL2))
+    modes = np.concatenate([view.batch(0, step, 64, 64)[0][:, 0] for step in range(1, 41)]) - corpus.vocab
+    assert np.bincount(modes, minlength=3) / len(modes) == pytest.approx([2 / 7, 1 / 7, 4 / 7], abs=0.03)
+    assert denoisers.mixture("r3,s:3") == {"r3": 0.25, "s": 0.75}
+
+
+def test_a_batch_is_a_function_of_seed_and_step(corpus):
+    view = denoisers.Denoised(Corpus(corpus), denoisers.mixture(UL2))
+    again = denoisers.Denoised(Corpus(corpus), denoisers.mixture(UL2))
+    again.batch(3, 8, 16, 64)
+    for a, b in zip(view.batch(3, 9, 16, 64), again.batch(3, 9, 16, 64)):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(view.batch(3, 9, 16, 64), view.batch(4, 9, 16, 64)))
+
+
+def test_targets_per_row_are_those_of_real_batches(corpus):
+    args = options.parse(["--config", "configs/ul2_toy.toml"])
+    view = denoisers.view(args, Corpus(corpus))
+    real = np.mean([(view.batch(0, step, 64, 64)[2] != NO_TARGET).sum(1).mean() for step in range(1, 21)])
+    assert denoisers.targets_per_row(args) == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("bad", ["r4", "r3,", "r3:0", "r3:x", "r3:-1", "s:inf"])
+def test_a_bad_mixture(bad, capsys):
+    with pytest.raises(ValueError, match="--denoisers"):
+        denoisers.mixture(bad)
