@@ -267,6 +267,7 @@ def main(args, dtype, ranks):
     newest = lock = None
     if first:
         lock, flags_changed = open_run(run, flags_now)
+        (run / "tokenizer.model").write_bytes((tokens.folder / "tokenizer.model").read_bytes())  # for sample.py and others
         newest = checkpoint.load_newest(run)
     step = int(ranks.gather(newest[1]["step"] if newest else 0)[0][0])
     if step and not first:

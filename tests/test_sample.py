@@ -1,0 +1,99 @@
+import collections
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sample
+from conftest import ROOT
+from test_train import go
+
+
+def ask(*args, text=""):
+    command = [sys.executable, "sample.py", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input=text)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """A BERT and a UL2 that have learned which made-up word follows which."""
+    made = {}
+    for arch in ("bert", "ul2"):
+        out = tmp_path_factory.mktemp(arch) / "run"
+        flags = (
+            "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --eval_every 0 --lr 4e-3"
+        )
+        flags += f" --init_std 0.125 --dropout 0 --save_every 0 --eval_sequences 32 --threads 1 --arch {arch} --positions rotary"
+        made[arch] = go([*flags.split(), "--data", str(corpus), "--out", str(out)])
+    return made
+
+
+def test_a_mask_is_filled_with_what_fits(runs, text):
+    """The right word is among the first far more often than its frequency says."""
+    model, tokenizer, _ = sample.load_run(runs["bert"])
+    hits = 0
+    for document in text[:60]:
+        words = document.split()[:6]
+        answer = tokenizer.encode(" " + words[3])
+        chances = sample.fill(model, tokenizer, " ".join([*words[:3], *words[4:]]).replace(words[2], words[2] + "[MASK]", 1))
+        assert chances.shape == (1, tokenizer.vocab_size()) and chances[0].sum() == pytest.approx(1, abs=1e-4)
+        hits += answer[0] in chances[0].topk(25).indices
+    assert hits > 12
+
+
+def test_words_are_drawn_as_the_flags_say():
+    logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]), torch.Generator().manual_seed(0)
+    assert {sample.pick(logits, 0) for _ in range(5)} == {0}
+    draws = collections.Counter(sample.pick(logits, 1.0, generator=generator) for _ in range(4000))
+    for token, share in enumerate(logits.softmax(-1).tolist()):
+        assert draws[token] / 4000 == pytest.approx(share, abs=0.03)
+    assert {sample.pick(logits, 5.0, top_k=2, generator=generator) for _ in range(200)} == {0, 1}
+    assert {sample.pick(logits, 1.0, top_p=0.6, generator=generator) for _ in range(200)} == {0}
+    assert {sample.pick(logits, 1.0, top_p=0.8, generator=generator) for _ in range(300)} == {0, 1}
+    hot = collections.Counter(sample.pick(logits, 100.0, generator=generator) for _ in range(4000))
+    assert hot[3] > 3 * draws[3]
+
+
+@pytest.mark.parametrize("layers", [None, (0, 2)])
+def test_the_cache_does_not_change_what_is_written(runs, layers):
+    """Greedy, against running the whole row again for every token."""
+    from raptr import Subnetwork
+
+    model, tokenizer, _ = sample.load_run(runs["ul2"])
+    path, V = layers and Subnetwork(layers), tokenizer.vocab_size()
+    prefix = [V + 1, *tokenizer.encode("Return a")[:8], V + 3]
+    written = sample.generate(model, prefix, V + 3, set(), [0, 1], 12, path, temperature=0)
+    slow = [V + 3]
+    while len(slow) < 12:
+        logits = model.logits(torch.tensor([prefix + slow]), torch.tensor([len(prefix)]), path)[0, -1]
+        logits[[0, 1]] = -torch.inf
+        slow.append(int(logits.argmax()))
+    assert written == slow
+
+
+def test_gaps_are_filled_and_texts_go_on(runs, text):
+    words = text[0].split()
+    shown = ask(runs["ul2"], f"{' '.join(words[:3])} ___ {words[4]} ___", "--seed", 1)
+    assert shown.returncode == 0 and shown.stdout.count("«") == 2 and words[4] in shown.stdout, shown.stderr
+    longer = ask(runs["ul2"], " ".join(words[:3]), "--layers", 2, "--seed", 1, "--tokens", 8)
+    assert longer.stdout.count("«") == 2 and "2 of 3 layers" in longer.stdout
+    assert ask(runs["ul2"], " ".join(words[:3]), "--layers", 2, "--seed", 1, "--tokens", 8).stdout == longer.stdout
+
+
+def test_bert_shows_a_path_beside_the_full_model(runs, text):
+    shown = ask(runs["bert"], text[0].split()[0] + " [MASK]", "--layers", 2, "--top", 3)
+    assert shown.returncode == 0 and "full model" in shown.stdout and "2 of 3 layers" in shown.stdout, shown.stderr
+    again = ask(runs["bert"], text="one [MASK]\n\n")
+    assert again.returncode == 0 and "mask 1" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "args, word",
+    [(["bert", "no mask here"], "[MASK]"), (["bert", "[MASK] " * 40], "--seq"), (["ul2", "word " * 90], "--seq"),
+     (["ul2", "a", "--top_p", "0"], "--top_p"), (["ul2", "a", "--temperature", "-1"], "--temperature"),
+     (["ul2", "a", "--layers", "x"], "--layers"), (["nowhere", "a"], "nowhere")],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(runs, args, word):
+    shown = ask(runs.get(args[0], args[0]), *args[1:])
+    assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
