@@ -14,20 +14,23 @@ Sources: masking, BERT (arXiv 1810.04805, section 3.1); tokens, sentencepiece BP
 
 import argparse
 import ast
+import fcntl
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
+import multiprocessing
 import os
 import platform
 import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import textwrap
 import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,7 @@ NO_TARGET = -100
 PIECE = 1 << 16  # characters of a document handled at once
 SAMPLE = 10_000_000  # characters the tokenizer is trained on, at most
 SHARD = 1 << 28  # tokens per shard, at most
+PART = 1 << 26  # bytes of files that one process takes at a time, at least
 HEADER = 512  # bytes of JSON before a shard's tokens
 VERSION = 1  # of everything that changes the tokens; part of a prepared corpus' name
 
@@ -110,10 +114,10 @@ def text_files(paths):
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
         inside = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        files += [f for f in inside if f.name.removesuffix(".gz").endswith((".txt", ".jsonl"))]
+        files += [f for f in inside if f.name.removesuffix(".gz").endswith((".txt", ".jsonl", ".json"))]
     if not files:
         names = ", ".join(str(path) for path in paths)
-        raise ValueError(f"{names}: no .txt, .jsonl, .txt.gz or .jsonl.gz file there")
+        raise ValueError(f"{names}: no .txt, .jsonl or .json file there, plain or .gz")
     return files
 
 
@@ -123,7 +127,7 @@ def read_files(files):
         opener = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline=None) as file:
-                if path.name.removesuffix(".gz").endswith(".jsonl"):
+                if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):  # C4's files are called .json.gz
                     yield from jsonl_pieces(file, path)
                 else:
                     yield from text_pieces(file)
@@ -156,19 +160,19 @@ def train_tokenizer(pieces, vocab):
             size = sum(map(len, sample))
     if not sample:
         raise ValueError("the corpus has no text in it")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sample), model_prefix=f"{folder}/tokenizer", vocab_size=vocab, model_type="bpe",
-                byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity",
-                remove_extra_whitespaces=False, add_dummy_prefix=False, user_defined_symbols=["\n"],
-                pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, control_symbols=["[MASK]"],
-                pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]", eos_piece="[SEP]", minloglevel=2,
-            )  # fmt: skip
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"no tokenizer of {vocab} ids (--vocab) can be made of this text: {reason}") from None
-        return Path(folder, "tokenizer.model").read_bytes()
+    model = io.BytesIO()  # not a file, whose name would become part of the model
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample), model_writer=model, vocab_size=vocab, model_type="bpe",
+            byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False, user_defined_symbols=["\n"],
+            pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, control_symbols=["[MASK]"],
+            pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]", eos_piece="[SEP]", minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"no tokenizer of {vocab} ids (--vocab) can be made of this text: {reason}") from None
+    return model.getvalue()
 
 
 def load_tokenizer(path):
@@ -267,17 +271,15 @@ def batched(pieces, size=1 << 20):
     yield batch
 
 
-def write_documents(pieces, choose, tokenizer, writers):
+def write_documents(pieces, choose, tokenizer, writers, threads=0):
     """Encode documents, each closed by [SEP], into the shards of the split that `choose(its first piece)` names.
     Returns the number of replacement characters seen: what was not valid UTF-8, a NUL, half a character."""
     split, replaced = None, 0  # the split of the document we are in
-    progress = tqdm(desc="encoding", unit=" characters", unit_scale=True, leave=False, disable=None)
     for batch in batched(pieces):
-        encoded = tokenizer.encode([text for text, _ in batch], out_type=int, num_threads=os.cpu_count())
+        encoded = tokenizer.encode([text for text, _ in batch], out_type=int, num_threads=threads or os.cpu_count())
         tokens = {name: [] for name in writers}
         for (text, ends), ids in zip(batch, encoded):
             replaced += text.count("\ufffd")
-            progress.update(len(text))
             if ids:
                 split = split or choose(text)
                 tokens[split] += ids
@@ -286,54 +288,127 @@ def write_documents(pieces, choose, tokenizer, writers):
                 split = None
         for name, writer in writers.items():
             writer.write(tokens[name])
-    progress.close()
     return replaced
+
+
+def encode_part(folder, number, pieces, share, threads=0):
+    """Write the shards of one part of a corpus, a share `share` of its documents as held out, and last a file that says so.
+    pieces: a function, or a list of files. What was written before is not written again."""
+    done = folder / f"{number:05d}.json"
+    if not done.exists():
+        tokenizer = load_tokenizer(folder / "tokenizer.model")
+        writers = {split: ShardWriter(folder, f"{split}_{number:05d}", tokenizer.vocab_size()) for split in ("train", "val")}
+        texts = cleaned(pieces() if callable(pieces) else read_files(pieces))
+        facts = {"replaced": write_documents(texts, lambda text: "val" if chance(text) < share else "train",
+                                             tokenizer, writers, threads)}  # fmt: skip
+        for split, writer in writers.items():
+            writer.close()
+            tokens, documents = int(writer.counts.sum()), int(writer.counts[SEP])
+            facts[split] = {"shards": writer.names, "tokens": tokens, "documents": documents, "sha256": writer.digests}
+        writers["train"].counts.tofile(folder / f"{number:05d}.counts")
+        done.with_suffix(".tmp").write_text(json.dumps(facts))
+        done.with_suffix(".tmp").rename(done)
+    return json.loads(done.read_text()), np.fromfile(folder / f"{number:05d}.counts", np.int64)
+
+
+def parts_of(files):
+    """Files in groups of at least PART bytes (the last may be smaller), each for one process."""
+    groups, size = [[]], 0
+    for file in files:
+        if size >= PART:
+            groups, size = [*groups, []], 0
+        groups[-1].append(file)
+        size += file.stat().st_size
+    return groups
+
+
+def encode_parts(folder, parts, share):
+    """`encode_part` of all parts, a process per core where there are several: [(facts, counts), ...] in order."""
+    workers = min(len(parts), os.cpu_count() or 1)
+    if workers < 2:
+        return [encode_part(folder, number, part, share(number)) for number, part in enumerate(parts)]
+    sizes, found = [sum(file.stat().st_size for file in part) for part in parts], {}
+    bar = tqdm(total=sum(sizes), desc="encoding", unit="B", unit_scale=True, leave=False, disable=None)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        threads = max(1, os.cpu_count() // workers)
+        tasks = {pool.submit(encode_part, folder, n, part, share(n), threads): n for n, part in enumerate(parts)}
+        try:
+            for task in as_completed(tasks):
+                found[tasks[task]] = task.result()
+                bar.update(sizes[tasks[task]])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    bar.close()
+    return [found[number] for number in range(len(parts))]
+
+
+def sample_of(files):
+    """Pieces that the tokenizer may be trained on: of a large corpus, files evenly spread over it, about a gigabyte."""
+    stride = max(1, sum(file.stat().st_size for file in files) >> 30)
+    size = 0
+    for text, ends in read_files(files[::stride]):
+        yield text, ends
+        size += len(text)
+        if size > 1 << 30:
+            return
 
 
 def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=None, source=""):
     """Write tokenizer.model, token shards and meta.json into the folder `out`, which appears only when complete.
 
-    pieces: function that starts a fresh pass over (text, ends). val_pieces: the same for a held-out text; without it a
-    share `val_fraction` of the documents is held out, chosen by a hash. tokenizer: file to use instead of training one.
+    pieces: a list of files, or a function that starts a fresh pass over (text, ends). val_pieces: the same for a held-out
+    text; without it a share `val_fraction` of the documents is held out, chosen by a hash. tokenizer: file to use instead of
+    training one. Files are encoded on all cores; if that is interrupted, the same call goes on where it was.
     Raises ValueError if there is no text, or none for one of the two splits.
     """
     out = Path(out)
+    files = [] if callable(pieces) else [*pieces, *(val_pieces or [])]
+    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    model = Path(tokenizer).read_bytes() if tokenizer and load_tokenizer(tokenizer) else b""
+    key = json.dumps(
+        [VERSION, vocab, val_fraction, len(pieces) if files else os.getpid(), facts, hashlib.sha256(model).hexdigest()]
+    )
+    folder = out.parent / f".{out.name}.{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        folder.mkdir(exist_ok=True)
+        lock = open(folder / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that prepares the same is waited for
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
+    if out.exists():
+        return shutil.rmtree(folder, ignore_errors=True)
     try:
-        if tokenizer:
-            load_tokenizer(tokenizer)
-        model = Path(tokenizer).read_bytes() if tokenizer else train_tokenizer(cleaned(pieces()), vocab)
-        (folder / "tokenizer.model").write_bytes(model)
+        if not (folder / "tokenizer.model").exists():
+            model = model or train_tokenizer(cleaned(sample_of(pieces) if files else pieces()), vocab)
+            (folder / "tokenizer.tmp").write_bytes(model)
+            (folder / "tokenizer.tmp").rename(folder / "tokenizer.model")
+        parts = parts_of(pieces) if files else [pieces]
+        held_out = (parts_of(val_pieces) if files else [val_pieces]) if val_pieces else []
+        share = lambda number: 0.0 if held_out and number < len(parts) else 1.0 if held_out else val_fraction  # noqa: E731
+        encoded = encode_parts(folder, [*parts, *held_out], share)
         processor = load_tokenizer(folder / "tokenizer.model")
-        writers = {split: ShardWriter(folder, split, processor.vocab_size()) for split in ("train", "val")}
-        share = 0.0 if val_pieces else val_fraction
-        replaced = write_documents(cleaned(pieces()), lambda text: "val" if chance(text) < share else "train", processor, writers)
-        if val_pieces:
-            replaced += write_documents(cleaned(val_pieces()), lambda text: "val", processor, writers)
-        meta = {"version": VERSION, "source": source, "vocab": processor.vocab_size(), "replaced_characters": replaced}
-        meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
-        for split, writer in writers.items():
-            writer.close()
-            if not writer.names:
+        meta = {"version": VERSION, "source": source, "vocab": processor.vocab_size()}
+        meta["replaced_characters"] = sum(facts["replaced"] for facts, _ in encoded)
+        meta["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+        for split in ("train", "val"):
+            own = [facts[split] for facts, _ in encoded]
+            meta[split] = {name: [x for part in own for x in part[name]] for name in ("shards", "sha256")}
+            meta[split] |= {name: sum(part[name] for part in own) for name in ("tokens", "documents")}
+            if not meta[split]["shards"]:
                 more = "; give a held-out text (--val) or hold out more (--val_fraction)" if split == "val" else ""
                 raise ValueError(f"no {split} documents came out of {source or 'this text'}{more}")
-            meta[split] = {
-                "shards": writer.names,
-                "tokens": int(writer.counts.sum()),
-                "documents": int(writer.counts[SEP]),
-                "sha256": writer.digests,
-            }
-        meta["train_counts"] = writers["train"].counts.tolist()
+        meta["train_counts"] = sum(counts for _, counts in encoded).tolist()
+        for number in range(len(encoded)):
+            for ending in ("json", "counts"):
+                (folder / f"{number:05d}.{ending}").unlink()
         (folder / "meta.json").write_text(json.dumps(meta))
-        folder.chmod(0o755)
-        if not out.exists():  # another process may have been faster
-            folder.rename(out)
-    finally:
+        (folder / "lock").unlink()
+        folder.rename(out)
+    except ValueError:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def prepared(data="", vocab=4096, cache="corpus"):
@@ -354,7 +429,7 @@ def prepared(data="", vocab=4096, cache="corpus"):
     if not out.exists():
         print(f"preparing {source} (once; kept in {out})", file=sys.stderr, flush=True)
         documents = [] if data else list(manual())
-        prepare(lambda: read_files(files) if data else iter(documents), out, vocab, source=source)
+        prepare(files if data else lambda: iter(documents), out, vocab, source=source)
     return out
 
 
@@ -517,7 +592,7 @@ def demo():
 def main():
     about = "Prepare a corpus, or show one masked example of the default one."
     parser = argparse.ArgumentParser(allow_abbrev=False, usage=argparse.SUPPRESS, description=about)
-    parser.add_argument("--input", nargs="+", help="files or folders of .txt, .jsonl, .txt.gz, .jsonl.gz")
+    parser.add_argument("--input", nargs="+", help="files or folders of .txt, .jsonl, .json (C4), each also .gz")
     parser.add_argument("--out", help="the folder to write, which must not exist")
     parser.add_argument("--val", nargs="+", help="held-out text; without it a share of the documents is held out")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="that share (default 0.05)")
@@ -532,8 +607,7 @@ def main():
         if not 0 < args.val_fraction < 1 or args.vocab < 300:
             raise ValueError("--val_fraction must lie between 0 and 1, --vocab at 300 or above (256 of them are bytes)")
         files, val = text_files(args.input), args.val and text_files(args.val)
-        pieces, val_pieces = (lambda: read_files(files)), val and (lambda: read_files(val))
-        prepare(pieces, args.out, args.vocab, args.val_fraction, val_pieces, args.tokenizer, " ".join(args.input))
+        prepare(files, args.out, args.vocab, args.val_fraction, val, args.tokenizer, " ".join(args.input))
         meta = Corpus(args.out).meta
     except ValueError as error:
         parser.exit(2, f"data.py: {error}\n")
