@@ -1,0 +1,96 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import eval_qa
+from conftest import ROOT
+
+QUESTIONS = [
+    {"id": "1", "question": "who", "answers": [{"text": "The cat", "answer_start": 0}, {"text": "cat", "answer_start": 4}],
+     "is_impossible": False},
+    {"id": "2", "question": "when", "answers": [], "is_impossible": True},
+    {"id": "3", "question": "where", "answers": [{"text": "Paris", "answer_start": 15}], "is_impossible": False},
+]  # fmt: skip
+PARAGRAPH = {"context": "The cat sat in Paris.", "qas": QUESTIONS}
+SQUAD = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [PARAGRAPH]}]}
+FILES = {
+    "squad_v2": json.dumps(SQUAD),
+    "nq_open": '{"question": "q1", "answer": ["14 December 1972", "December 1972"]}\n{"question": "q2", "answer": ["7"]}\n',
+    "webquestions": json.dumps([{"qId": "w0", "qText": "q", "answers": ["A b", "c"]}]),
+    "triviaqa": json.dumps({"Data": [{"QuestionId": "t1", "Question": "q",
+                                      "Answer": {"Value": "Sunset Boulevard", "Aliases": ["Sunset Blvd."]}}]}),
+}  # fmt: skip
+
+
+def run(tmp_path, task, content, predictions, suffix=".json"):
+    (tmp_path / "data.json").write_text(content)
+    (tmp_path / f"p{suffix}").write_text(predictions)
+    command = ["--task", task, "--data", tmp_path / "data.json", "--score", tmp_path / f"p{suffix}"]
+    return subprocess.run([sys.executable, "eval_qa.py", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_squad_with_its_two_kinds_of_questions(tmp_path):
+    shown = run(tmp_path, "squad_v2", FILES["squad_v2"], json.dumps({"1": "a big cat", "2": "", "3": ""}))
+    result = json.loads(shown.stdout)["squad_v2"]
+    assert result["HasAns"] == {"em": 0, "f1": pytest.approx((2 / 3 + 0) / 2), "of": 2}
+    assert result["NoAns"] == {"em": 1, "f1": 1, "of": 1}
+    assert result["em"] == pytest.approx(1 / 3) and result["f1"] == pytest.approx((2 / 3 + 1) / 3)
+
+
+@pytest.mark.parametrize(
+    "task, predictions, em, f1",
+    [
+        ("nq_open", {"q1": "december 1972.", "q2": "seven"}, 0.5, 0.5),
+        ("webquestions", {"w0": "the C"}, 1, 1),
+        ("triviaqa", {"t1": "sunset-blvd"}, 1, 1),
+        ("triviaqa", {"t1": "Sunset"}, 0, 2 / 3),
+    ],
+)
+def test_any_right_answer_counts(tmp_path, task, predictions, em, f1):
+    result = json.loads(run(tmp_path, task, FILES[task], json.dumps(predictions)).stdout)[task]
+    assert result["em"] == em and result["f1"] == pytest.approx(f1)
+
+
+def test_predictions_as_lines(tmp_path):
+    lines = '{"question": "q1", "prediction": "December 1972"}\n{"question": "q2", "prediction": "7"}\n'
+    assert json.loads(run(tmp_path, "nq_open", FILES["nq_open"], lines, ".jsonl").stdout)["nq_open"]["em"] == 1
+
+
+BAD = [
+    ("squad_v2", FILES["squad_v2"].replace('"is_impossible": true', '"is_impossible": false'), "question 1"),
+    ("squad_v2", FILES["squad_v2"].replace('"id": "3", ', ""), "question 2"),
+    ("squad_v2", FILES["squad_v2"].replace('"id": "3"', '"id": "1"'), "twice"),
+    ("tydiqa_goldp", FILES["squad_v2"], "no answer"),
+    ("nq_open", FILES["nq_open"].replace('"answer": ["7"]', '"answers": ["7"]'), "line 2"),
+    ("nq_open", FILES["nq_open"] + "{", "line 3"),
+    ("webquestions", FILES["webquestions"].replace("qId", "id"), "question 0"),
+    ("triviaqa", FILES["triviaqa"].replace("Aliases", "Alias"), "question 0"),
+    ("triviaqa", "[]", "layout"),
+    ("squad_v2", "{", "line 1"),
+]
+
+
+@pytest.mark.parametrize("task, content, word", BAD)
+def test_bad_data_is_named(tmp_path, task, content, word):
+    shown = run(tmp_path, task, content, "{}")
+    assert shown.returncode == 2 and word in shown.stderr and "data.json" in shown.stderr, shown.stderr
+    assert shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "predictions, word", [("{}", "'q1'"), ("[1]", "object"), ('{"q1": 3, "q2": "a"}', "object"), ("{", "line 1")]
+)
+def test_bad_predictions_are_named(tmp_path, predictions, word):
+    shown = run(tmp_path, "nq_open", FILES["nq_open"], predictions)
+    assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+
+
+def test_right_answers_score_one(tmp_path):
+    for task, content in FILES.items():
+        (tmp_path / "d.json").write_text(content)
+        questions = eval_qa.read_task(task, tmp_path / "d.json")
+        best = {q.id: q.answers[-1] if q.answers else "" for q in questions}
+        result = eval_qa.score(task, questions, best)
+        assert result["em"] == result["f1"] == 1 and result["of"] == len(questions)
