@@ -10,6 +10,7 @@ Sources: SQuAD v2 (arXiv 1806.03822), TyDi QA (arXiv 2003.05002), Natural Questi
 WebQuestions (Berant et al., EMNLP 2013), TriviaQA (arXiv 1705.03551).
 """
 
+import collections
 import json
 import sys
 from pathlib import Path
@@ -108,16 +109,17 @@ READERS = {
 
 
 def read_task(task, path):
-    """All questions of a data file, ids distinct. ValueError naming file and place for what is not as it should be."""
+    """All questions of a data file. An id that comes again becomes ID#2, ID#3, in the order of the file. ValueError naming
+    file and place for what is not as it should be."""
     try:
         found = list(READERS[task](path))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the layout of {task}") from None
-    seen = set()
-    for question in found:
-        if question.id in seen:
-            raise ValueError(f"{path}: the question {question.id!r} comes twice")
-        seen.add(question.id)
+    seen = collections.Counter()
+    for i, question in enumerate(found):
+        seen[question.id] += 1
+        if seen[question.id] > 1:
+            found[i] = question._replace(id=f"{question.id}#{seen[question.id]}")
         if not question.answers and task != "squad_v2":
             raise ValueError(f"{path}: the question {question.id!r} has no answer")
     if not found:

@@ -61,7 +61,6 @@ def test_predictions_as_lines(tmp_path):
 BAD = [
     ("squad_v2", FILES["squad_v2"].replace('"is_impossible": true', '"is_impossible": false'), "question 1"),
     ("squad_v2", FILES["squad_v2"].replace('"id": "3", ', ""), "question 2"),
-    ("squad_v2", FILES["squad_v2"].replace('"id": "3"', '"id": "1"'), "twice"),
     ("tydiqa_goldp", FILES["squad_v2"], "no answer"),
     ("nq_open", FILES["nq_open"].replace('"answer": ["7"]', '"answers": ["7"]'), "line 2"),
     ("nq_open", FILES["nq_open"] + "{", "line 3"),
@@ -85,6 +84,11 @@ def test_bad_data_is_named(tmp_path, task, content, word):
 def test_bad_predictions_are_named(tmp_path, predictions, word):
     shown = run(tmp_path, "nq_open", FILES["nq_open"], predictions)
     assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+
+
+def test_an_id_that_comes_again_gets_a_number(tmp_path):
+    (tmp_path / "d.json").write_text(FILES["squad_v2"].replace('"id": "3"', '"id": "1"'))
+    assert [q.id for q in eval_qa.read_task("squad_v2", tmp_path / "d.json")] == ["1", "2", "1#2"]
 
 
 def test_right_answers_score_one(tmp_path):
