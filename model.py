@@ -8,8 +8,8 @@ Not here: which layers to run (raptr.py), the data (data.py, denoisers.py), the 
 
 Sources: BERT (Devlin et al., arXiv 1810.04805); UL2 (Tay et al., arXiv 2205.05131); pre-LN (Xiong et al., arXiv
 2002.04745); rotary positions (Su et al., arXiv 2104.09864); relative positions (T5, Raffel et al., arXiv 1910.10683); gated
-MLP (Shazeer, arXiv 2002.05202). `--norm post --positions learned --dropout 0.1 --init_std 0.02` is BERT as published, but for
-token types and the epsilon of its norms (1e-12 there, 1e-5 here).
+MLP (Shazeer, arXiv 2002.05202). `--norm post --positions learned --dropout 0.1 --init_std 0.02 --types 2 --norm_eps 1e-12` is
+BERT as published.
 
 Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked positions per sequence, N targets in all.
 """
@@ -44,6 +44,8 @@ class Config:
     gated: bool = False  # gated MLP: a third matrix, whose product passes through the GELU
     tied: bool = True  # the head's matrix is the token embedding
     loss_chunk: int = 0  # targets whose logits exist at a time; 0: all
+    types: int = 0  # token types ("segments"), as the original BERT has two
+    norm_eps: float = 1e-5
 
     @classmethod
     def of(cls, args, vocab):
@@ -148,7 +150,7 @@ class MLP(nn.Module):
 
 
 def make_norm(config):
-    return (nn.RMSNorm if config.rms else nn.LayerNorm)(config.width, eps=1e-5)
+    return (nn.RMSNorm if config.rms else nn.LayerNorm)(config.width, eps=config.norm_eps)
 
 
 class Block(nn.Module):
@@ -192,6 +194,7 @@ class Stack(nn.Module):
         self.tokens = nn.Embedding(V, C)
         self.positions = nn.Embedding(config.seq, C) if config.positions == "learned" else None
         self.relative = nn.Embedding(32, config.heads) if config.positions == "relative" else None
+        self.types = nn.Embedding(config.types, C) if config.types else None
         self.embedding_norm = make_norm(config)
         self.final_norm = nn.Identity() if post else make_norm(config)
         self.add_head()
@@ -221,17 +224,20 @@ class Stack(nn.Module):
             for writer in (module.attention.out, module.mlp.down):
                 writer.weight.data /= (2 * self.config.layers) ** 0.5
 
-    def encode(self, tokens, subnetwork=None, mask=None, past=None):
+    def encode(self, tokens, subnetwork=None, mask=None, past=None, types=None):
         """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them).
 
         mask: bool (B or 1, 1, T, T), whom each token may see, or a BlockMask; None: all. past: {}, which the call fills with
-        keys and values by layer, or that of the call before, whose tokens then come before these.
+        keys and values by layer, or that of the call before, whose tokens then come before these. types (B, T): token types,
+        of a model that knows such; None: all 0.
         """
         T = tokens.shape[1]
         start = next(iter(past.values()))["k"].shape[2] if past else 0
         x = self.tokens(tokens)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[start : start + T]
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
         rotation = (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
         if self.relative is not None:

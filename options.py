@@ -116,6 +116,8 @@ def flags():
     switch("rms", "RMS norms instead of layer norms")
     switch("gated", "gated MLP")
     switch("tied", "the head's matrix is the token embedding [yes]", True)
+    flag("types", natural, 0, "token types; the original BERT has 2, of which one-sentence inputs use the first")
+    flag("norm_eps", positive, 1e-5, "added to the variance in norms")
     flag("loss_chunk", natural, 0, "targets whose logits exist at a time; 0: all")
     flag("denoisers", str, "r3,r8,s,x3,x8,x64,x64half", "ul2: its tasks, with weights: r3,s:2; also causal")
     flag("init_std", positive, 0.02, "standard deviation of initial weights")

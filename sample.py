@@ -36,7 +36,12 @@ def load_run(run, device="cpu"):
         raise ValueError(f"{run}: not a run folder of train.py") from None
     if not folders:
         raise ValueError(f"{run}: there is no checkpoint in it yet")
-    tokenizer = data.load_tokenizer(run / "tokenizer.model")
+    if (run / "vocab.txt").exists():  # taken over from elsewhere (hf.py)
+        import hf
+
+        tokenizer = hf.WordPiece(run / "vocab.txt")
+    else:
+        tokenizer = data.load_tokenizer(run / "tokenizer.model")
     tensors, meta = checkpoint.load(folders[-1], device)
     config = transformer.Config.of(args, denoisers.model_vocab(args, tokenizer.vocab_size()))
     model = transformer.make(config).to(device).eval()
@@ -57,18 +62,19 @@ def load_run(run, device="cpu"):
 def fill(model, tokenizer, text, subnetwork=None):
     """For each [MASK] of a text, the probabilities (V,) of every token there."""
     parts = [tokenizer.encode(part) for part in text.split("[MASK]")]
-    ids = [data.CLS, *parts[0]]
+    cls, sep, mask = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.piece_to_id("[MASK]")
+    ids = [cls, *parts[0]]
     for part in parts[1:]:
-        ids += [data.MASK, *part]
-    ids.append(data.SEP)
+        ids += [mask, *part]
+    ids.append(sep)
     if len(ids) > model.config.seq:
         raise ValueError(f"the text has {len(ids)} tokens, and the model was trained on {model.config.seq} (--seq)")
     tokens = torch.tensor([ids])
-    masked = (tokens == data.MASK).nonzero()[:, 1][None]
+    masked = (tokens == mask).nonzero()[:, 1][None]
     if not masked.numel():
         raise ValueError("there is no [MASK] in the text")
     logits = model.logits(tokens, masked, subnetwork)[0, :, : tokenizer.vocab_size()]
-    logits[:, : data.SPECIAL] = -torch.inf
+    logits[:, [tokenizer.pad_id(), tokenizer.unk_id(), cls, sep, mask]] = -torch.inf
     return logits.float().softmax(-1)
 
 

@@ -62,48 +62,6 @@ def test_blocks_equal_pytorchs_own(norm):
     torch.testing.assert_close(model.encode(tokens), model.final_norm(reference_stack(model, x)), rtol=1e-5, atol=1e-5)
 
 
-def test_equals_transformers_bert():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = make(norm="post").eval()
-    c = model.config
-    theirs = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=c.padded_vocab, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-            intermediate_size=c.mlp, max_position_embeddings=c.seq, layer_norm_eps=1e-5,
-        )
-    ).eval()  # fmt: skip
-    names = {"attention.self.query": 0, "attention.self.key": 1, "attention.self.value": 2}
-    state = {
-        "bert.embeddings.word_embeddings.weight": model.tokens.weight,
-        "bert.embeddings.position_embeddings.weight": model.positions.weight,
-        "bert.embeddings.token_type_embeddings.weight": torch.zeros(2, c.width),
-        "bert.embeddings.LayerNorm.weight": model.embedding_norm.weight,
-        "bert.embeddings.LayerNorm.bias": model.embedding_norm.bias,
-        "cls.predictions.transform.dense.weight": model.head[0].weight,
-        "cls.predictions.transform.dense.bias": model.head[0].bias,
-        "cls.predictions.transform.LayerNorm.weight": model.head[2].weight,
-        "cls.predictions.transform.LayerNorm.bias": model.head[2].bias,
-        "cls.predictions.decoder.weight": model.tokens.weight,
-        "cls.predictions.decoder.bias": model.bias,
-        "cls.predictions.bias": model.bias,
-    }
-    for i, block in enumerate(model.blocks):
-        prefix = f"bert.encoder.layer.{i}."
-        for name, part in names.items():
-            for kind in ("weight", "bias"):
-                state[f"{prefix}{name}.{kind}"] = getattr(block.attention.qkv, kind).chunk(3)[part]
-        for name, module in {
-            "attention.output.dense": block.attention.out, "attention.output.LayerNorm": block.norm1,
-            "intermediate.dense": block.mlp.up, "output.dense": block.mlp.down, "output.LayerNorm": block.norm2,
-        }.items():  # fmt: skip
-            state |= {f"{prefix}{name}.{kind}": getattr(module, kind) for kind in ("weight", "bias")}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and all("position_ids" in name for name in missing)
-    tokens, masked, _ = batch()
-    logits = theirs(input_ids=tokens).logits.gather(1, masked[:, :, None].expand(-1, -1, c.padded_vocab))
-    torch.testing.assert_close(model.logits(tokens, masked)[..., : c.vocab], logits[..., : c.vocab], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("kept", [(0, 2, 3), (1,), (), (0, 1, 2, 3)])
