@@ -1,287 +1,445 @@
-"""SuperGLUE: the eight tasks and two diagnostics, scored by the official rules.
+"""SuperGLUE: fine-tune a model on its tasks, ask it with a few examples and no training, or score answers that are there.
 
-    python eval_superglue.py --score PREDICTIONS --data SUPERGLUE      score files against the validation sets
-    python eval_superglue.py --baseline OUT --data SUPERGLUE           write the most frequent label everywhere, as files to score
+    python eval_superglue.py --finetune RUN --data SUPERGLUE --tasks RTE,CB --seeds 3
+    python eval_superglue.py --shots 5 RUN --data SUPERGLUE                      UL2 only
+    python eval_superglue.py --score PREDICTIONS --data SUPERGLUE                prints one JSON object
+    python eval_superglue.py --baseline OUT --data SUPERGLUE                     the most frequent label everywhere, to score
 
-SUPERGLUE is the official folder: BoolQ/val.jsonl and so on. PREDICTIONS is a folder, or a .zip, in the official format of a
-submission: BoolQ.jsonl with lines {"idx": 0, "label": "true"}, and so on; tasks without a file are left out, and said to be.
-The score is the mean over tasks; a task with two metrics counts once, by their mean; with a task missing it is called by the
-number of tasks. The diagnostics AX-b and AX-g are scored but not in the mean.
-Not here: the metrics themselves (metrics.py).
+RUN is a run folder of train.py, or one made by hf.py. What is finished is not done again: the same command continues.
+A BERT gets a linear head over [CLS] where the labels are fixed, one score a candidate otherwise; a UL2 is trained text to text
+and answers with the likeliest label. Every epoch's validation score is kept; the last epoch's counts, and of several seeds
+their median. AX-b and AX-g are answered by the model trained on RTE.
+Not here: the tasks' files and rules (superglue.py).
 
-Source: SuperGLUE (Wang et al., arXiv 1905.00537) and its data files, version 2.
+Sources: inputs of BERT as in the benchmark's baselines (arXiv 1905.00537), of UL2 as in T5 (arXiv 1910.10683, appendix D);
+few-shot prompts as in EleutherAI's evaluation harness, candidates ranked by summed log-likelihood.
 """
 
-import collections
-import io
+import argparse
 import json
+import math
+import random
+import statistics
 import sys
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
-import metrics
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-ENTAILMENT = ["entailment", "not_entailment"]
+import checkpoint
+import superglue
+from data import rng
+from denoisers import MODES
+from sample import load_run
+from superglue import MAIN, TASKS
+from train import steady_memory
 
+EPOCHS = {"CB": 10, "COPA": 10, "WSC": 10, "RTE": 5, "WiC": 5, "BoolQ": 4, "MultiRC": 2, "ReCoRD": 2}
 
-class Task(NamedTuple):
-    labels: list | None  # as they stand in a submission; None: free text
-    scores: tuple  # names of its metrics
-
-
-TASKS = {
-    "BoolQ": Task(["true", "false"], ("accuracy",)),
-    "CB": Task(["entailment", "contradiction", "neutral"], ("accuracy", "f1")),
-    "COPA": Task([0, 1], ("accuracy",)),
-    "MultiRC": Task([0, 1], ("f1a", "em")),
-    "ReCoRD": Task(None, ("f1", "em")),
-    "RTE": Task(ENTAILMENT, ("accuracy",)),
-    "WiC": Task(["true", "false"], ("accuracy",)),
-    "WSC": Task(["True", "False"], ("accuracy",)),
-    "AX-b": Task(ENTAILMENT, ("mcc",)),
-    "AX-g": Task(ENTAILMENT, ("accuracy", "gender_parity")),
-}
-MAIN = list(TASKS)[:8]
+# ----------------------------------------------------------------------------------------------------------------
+# What a model reads
 
 
-class Example(NamedTuple):
-    key: tuple  # (idx,), or (passage, question, answer) in MultiRC
-    gold: object  # a label, or ReCoRD's list of right answers
-    fields: dict  # the line it came from; of MultiRC and ReCoRD with this one question
+def pairs(task, f):
+    """For a BERT, from the fields of an example: [(first text, second text)], one pair, or one per candidate."""
+    match task:
+        case "BoolQ":
+            return [(f["passage"], f["question"])]
+        case "COPA":
+            asked = f"{f['premise']} What was the {'cause' if f['question'] == 'cause' else 'result'}?"
+            return [(asked, f["choice1"]), (asked, f["choice2"])]
+        case "MultiRC":
+            return [(f["passage"], f"{f['question']} {f['answer']}")]
+        case "ReCoRD":
+            return [(f["passage"], f["query"].replace("@placeholder", entity)) for entity in f["entities"]]
+        case "WiC":
+            return [(f"{f['word']}: {f['sentence1']}", f["sentence2"])]
+        case "WSC":
+            return [(marked(f), f["span1_text"])]
+        case _:
+            return [(f["premise"], f["hypothesis"])]
+
+
+def marked(f):
+    """WSC's text with stars around the pronoun. Its place counts words between blanks."""
+    words = f["text"].split()
+    at = min(f["span2_index"], len(words) - 1)
+    words[at] = f"*{words[at]}*"
+    return " ".join(words)
+
+
+def text_to_text(task, f):
+    """For a UL2: (input, {answer: label}), T5's wording."""
+    true = {"True": "true", "False": "false"}
+    match task:
+        case "BoolQ":
+            return f"boolq passage: {f['passage']} question: {f['question']}", true
+        case "COPA":
+            choices = f"choice1: {f['choice1']} choice2: {f['choice2']}"
+            return f"copa {choices} premise: {f['premise']} question: {f['question']}", {"choice1": 0, "choice2": 1}
+        case "MultiRC":
+            asked = f"multirc question: {f['question']} answer: {f['answer']} paragraph: {f['passage']}"
+            return asked, {"True": 1, "False": 0}
+        case "ReCoRD":
+            asked = f"record query: {f['query']} entities: {', '.join(f['entities'])} passage: {f['passage']}"
+            return asked, {entity: entity for entity in f["entities"]}
+        case "WiC":
+            return f"wic sentence1: {f['sentence1']} sentence2: {f['sentence2']} word: {f['word']}", true
+        case "WSC":  # with the noun in question, where T5 has the model write it: so that it can be ranked
+            return f"wsc: {marked(f)} noun: {f['span1_text']}", {"True": "True", "False": "False"}
+        case _:
+            name = "cb" if task == "CB" else "rte"
+            return f"{name} hypothesis: {f['hypothesis']} premise: {f['premise']}", {label: label for label in TASKS[task].labels}
+
+
+def prompt(task, f):
+    """For few-shot questions: (prompt, {continuation: label})."""
+    match task:
+        case "BoolQ":
+            return f"{f['passage']}\nQuestion: {f['question']}?\nAnswer:", {" no": "false", " yes": "true"}
+        case "CB":
+            choices = {" True": "entailment", " False": "contradiction", " Neither": "neutral"}
+            return f"{f['premise']}\nQuestion: {f['hypothesis']}. True, False, or Neither?\nAnswer:", choices
+        case "COPA":
+            link = "because" if f["question"] == "cause" else "therefore"
+            choices = [" " + choice[:1].lower() + choice[1:] for choice in (f["choice1"], f["choice2"])]
+            return f"{f['premise'].rstrip('.')} {link}", {choices[0]: 0, choices[1]: 1}
+        case "MultiRC":
+            asked = f"{f['passage']}\nQuestion: {f['question']}\nAnswer: {f['answer']}\nIs the answer correct?"
+            return asked, {" no": 0, " yes": 1}
+        case "ReCoRD":
+            text, *highlights = f["passage"].split("\n@highlight\n")
+            asked = text + "\n" + "".join(f"  - {highlight.strip()}.\n" for highlight in highlights)
+            return asked, {" " + f["query"].replace("@placeholder", entity): entity for entity in f["entities"]}
+        case "WiC":
+            asked = f"Is the word '{f['word']}' used in the same way in the two sentences above?"
+            both = f"Sentence 1: {f['sentence1']}\nSentence 2: {f['sentence2']}"
+            return f"{both}\nQuestion: {asked}\nAnswer:", {" no": "false", " yes": "true"}
+        case "WSC":
+            asked = f'In the passage above, does the pronoun "*{f["span2_text"]}*" refer to "{f["span1_text"]}"?'
+            return f"Passage: {marked(f)}\nQuestion: {asked}\nAnswer:", {" no": "False", " yes": "True"}
+        case _:
+            choices = {" True": "entailment", " False": "not_entailment"}
+            return f"{f['premise']}\nQuestion: {f['hypothesis']} True or False?\nAnswer:", choices
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Files
+# Rows of tokens, answered in batches of about the same length
 
 
-def lines(file, name):
-    """(line number, object) of a JSONL file. ValueError naming the line where it is none."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise ValueError
-            except ValueError:
-                raise ValueError(f"{name}, line {number}: not a JSON object") from None
-            yield number, value
-
-
-def read_line(task, line):
-    """The examples of one line of a data file. KeyError, TypeError or ValueError if it is not as it should be."""
-    if task == "MultiRC":
-        text = line["passage"]["text"]
-        return [
-            Example((line["idx"], q["idx"], a["idx"]), as_label(task, a["label"]),
-                    {"passage": text, "question": q["question"], "answer": a["text"]})
-            for q in line["passage"]["questions"] for a in q["answers"]
-        ]  # fmt: skip
-    if task == "ReCoRD":
-        text = line["passage"]["text"]
-        entities = list(dict.fromkeys(text[e["start"] : e["end"] + 1] for e in line["passage"]["entities"]))  # end: inclusive
-        found = []
-        for q in line["qas"]:
-            answers = [a["text"] for a in q["answers"]]
-            if "@placeholder" not in q["query"] or not answers or not all(isinstance(a, str) for a in answers):
-                raise ValueError
-            found.append(Example((q["idx"],), answers, {"passage": text, "query": q["query"], "entities": entities}))
-        return found
-    fields = {**line}
-    if task == "AX-b":
-        fields |= {"premise": line["sentence1"], "hypothesis": line["sentence2"]}
-    if task == "WSC":
-        fields |= {name: line["target"][name] for name in ("span1_text", "span2_text", "span1_index", "span2_index")}
-    for name in FIELDS[task]:
-        if not isinstance(fields[name], (str, int)):
-            raise TypeError
-    return [Example((int(line["idx"]),), as_label(task, line["label"]), fields)]
-
-
-FIELDS = {
-    "BoolQ": ["passage", "question"], "CB": ["premise", "hypothesis"], "COPA": ["premise", "choice1", "choice2", "question"],
-    "RTE": ["premise", "hypothesis"], "WiC": ["sentence1", "sentence2", "word"], "WSC": ["text", "span1_text", "span2_text"],
-    "AX-b": ["premise", "hypothesis"], "AX-g": ["premise", "hypothesis", "pair_id"],
-}  # fmt: skip
-
-
-def as_label(task, value):
-    """A label of a data file as a submission writes it. ValueError if the task has no such label."""
-    if isinstance(value, bool):
-        value = str(value) if task == "WSC" else str(value).lower()
-    if value not in TASKS[task].labels:
-        raise ValueError
-    return value
-
-
-def read_task(task, path):
-    """All examples of a data file. ValueError naming file and line for one that is not as it should be."""
-    found = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in lines(file, path):
-                try:
-                    examples = read_line(task, line)
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    what = f"no field {error}" if isinstance(error, KeyError) else "a field or label is not as it should be"
-                    raise ValueError(f"{path}, line {number}: not a line of {task}: {what}") from None
-                for example in examples:
-                    if found.setdefault(example.key, example) is not example:
-                        raise ValueError(f"{path}, line {number}: idx {example.key[-1]} comes twice")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if not found:
-        raise ValueError(f"{path}: there is nothing in it")
-    return list(found.values())
-
-
-def validation_file(data, task):
-    names = [Path(data, task, name) for name in ("val.jsonl", f"{task}.jsonl")]
-    return next((path for path in names if path.exists()), None)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Predictions
-
-
-def read_predictions(task, file, name):
-    """{key: label} of an open submission file. ValueError naming file and line."""
-    found = {}
-    for number, line in lines(file, name):
-        try:
-            if task == "MultiRC":
-                answers = [((line["idx"], q["idx"], a["idx"]), a["label"])
-                           for q in line["passage"]["questions"] for a in q["answers"]]  # fmt: skip
-            else:
-                answers = [((int(line["idx"]),), line["label"])]
-            for key, label in answers:
-                allowed = TASKS[task].labels
-                if key in found or (label not in allowed if allowed else not isinstance(label, str)) or isinstance(label, bool):
-                    raise ValueError
-                found[key] = label
-        except (KeyError, TypeError, ValueError):
-            kinds = " or ".join(map(json.dumps, TASKS[task].labels or ["an entity"]))
-            raise ValueError(f"{name}, line {number}: expected an idx not seen before and a label, {kinds}") from None
+def batches(lengths, size, generator=None):
+    """Indices in lists of `size`, of about the same length. generator: in a random order, else in that of length."""
+    order = list(range(len(lengths)))
+    if generator:
+        generator.shuffle(order)
+        pool = 32 * size  # sorted among so many
+        order = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)]
+    else:
+        order.sort(key=lengths.__getitem__)
+    found = [order[at : at + size] for at in range(0, len(order), size)]
+    if generator:
+        generator.shuffle(found)
     return found
 
 
-def open_predictions(place):
-    """{task: open file} of a folder or .zip of submission files. ValueError if there are none."""
-    place = Path(place)
-    if place.is_dir():
-        files = {path.stem: open(path, encoding="utf-8") for path in sorted(place.glob("*.jsonl")) if path.stem in TASKS}
-    elif zipfile.is_zipfile(place):
-        archive = zipfile.ZipFile(place)
-        inside = {Path(name).stem: name for name in archive.namelist() if name.endswith(".jsonl") and Path(name).stem in TASKS}
-        files = {task: io.TextIOWrapper(archive.open(name), "utf-8") for task, name in inside.items()}
-    else:
-        raise ValueError(f"{place}: neither a folder nor a .zip of predictions")
-    if not files:
-        raise ValueError(f"{place}: none of the files {', '.join(f'{task}.jsonl' for task in TASKS)} is there")
-    return files
+def padded(rows, fill, device):
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
 
 
-def write_predictions(folder, task, predictions):
-    """A submission file from {key: label}."""
-    if task == "MultiRC":
-        passages = collections.defaultdict(lambda: collections.defaultdict(list))
-        for (p, q, a), label in predictions.items():
-            passages[p][q].append({"idx": a, "label": label})
-        rows = [
-            {"idx": p, "passage": {"questions": [{"idx": q, "answers": answers} for q, answers in questions.items()]}}
-            for p, questions in passages.items()
-        ]
-    else:
-        rows = [{"idx": key[0], "label": label} for key, label in predictions.items()]
-    Path(folder, f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+class Classifier(torch.nn.Module):
+    """A BERT with a fresh head: `outputs` logits from the state of [CLS], or (outputs = 1) one score a candidate."""
+
+    def __init__(self, encoder, tokenizer, outputs, longest, seed):
+        super().__init__()
+        self.encoder, self.tokenizer, self.longest = encoder, tokenizer, min(longest, encoder.config.seq)
+        C = encoder.config.width
+        self.pool, self.head = torch.nn.Linear(C, C), torch.nn.Linear(C, outputs)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in (self.pool, self.head):
+            torch.nn.init.normal_(layer.weight, std=0.02, generator=generator)
+            torch.nn.init.zeros_(layer.bias)
+
+    def row(self, first, second):
+        """(tokens, types): [CLS] first [SEP] second [SEP]; where it is too long, the longer text loses its end."""
+        a, b = self.tokenizer.encode(first), self.tokenizer.encode(second)
+        while len(a) + len(b) > self.longest - 3:
+            (a if len(a) >= len(b) else b).pop()
+        tokens = [self.tokenizer.bos_id(), *a, self.tokenizer.eos_id(), *b, self.tokenizer.eos_id()]
+        return tokens, [0] * (len(a) + 2) + [1] * (len(b) + 1)
+
+    def forward(self, rows):
+        """Logits (rows, outputs)."""
+        device = self.head.weight.device
+        tokens, types = padded([r[0] for r in rows], self.tokenizer.pad_id(), device), padded([r[1] for r in rows], 0, device)
+        inside = torch.arange(tokens.shape[1], device=device) < torch.tensor([[len(r[0])] for r in rows], device=device)
+        mask = None if inside.all() else inside[:, None, None]
+        state = self.encoder.encode(tokens, mask=mask, types=types)[:, 0]
+        state = torch.tanh(self.pool(F.dropout(state, 0.1, self.training)))
+        return self.head(F.dropout(state, 0.1, self.training)).float()
+
+
+class Answers:
+    """How a model of either kind is trained on a task and answers it: `prepare` makes an example into rows once, `loss` and
+    `predict` take a list of prepared examples."""
+
+    def __init__(self, model, tokenizer, task, longest, seed, shots=None, examples=()):
+        self.model, self.tokenizer, self.task, self.shots, self.examples, self.seed = (
+            model,
+            tokenizer,
+            task,
+            shots,
+            examples,
+            seed,
+        )
+        self.bert = model.config.arch == "bert"
+        if self.bert:
+            outputs = 1 if task in ("COPA", "ReCoRD") else len(TASKS[task].labels)
+            self.model = Classifier(model, tokenizer, outputs, longest, seed)
+
+    def prepare(self, example, number=0):
+        """(rows, answers they stand for, which of them are right)."""
+        if self.bert:
+            rows = [self.model.row(a, b) for a, b in pairs(self.task, example.fields)]
+            answers = example.fields["entities"] if self.task == "ReCoRD" else TASKS[self.task].labels
+        else:
+            asked, choices = text_to_text(self.task, example.fields)
+            if self.shots is not None:
+                asked, choices = self.with_examples(example, number)
+            rows, answers = [self.continuation(asked, choice) for choice in choices], list(choices.values())
+        gold = example.gold if self.task == "ReCoRD" else [example.gold]
+        return rows, answers, [i for i, answer in enumerate(answers) if answer in gold]
+
+    def with_examples(self, example, number):
+        """The prompt behind K solved ones of the training set, drawn by (seed, task, example)."""
+        generator, parts = random.Random(f"{self.seed} {self.task} {number}"), []
+        for other in generator.sample(self.examples, min(self.shots, len(self.examples))):
+            asked, choices = prompt(self.task, other.fields)
+            gold = other.gold if self.task == "ReCoRD" else [other.gold]
+            parts += [asked + next((text for text, label in choices.items() if label in gold), "")]
+        asked, choices = prompt(self.task, example.fields)
+        return "\n\n".join([*parts, asked]), choices
+
+    def continuation(self, asked, choice):
+        """(tokens, prefix): [S] text, then the answer and [SEP]. What is too long loses its beginning."""
+        answer = [*self.tokenizer.encode(choice), self.tokenizer.eos_id()]
+        room = self.model.config.seq - len(answer)
+        text = self.tokenizer.encode(asked)[-max(0, room - 1) :]
+        return [self.tokenizer.vocab_size() + MODES.index("[S]"), *text, *answer], 1 + len(text)
+
+    def likelihood(self, rows):
+        """Log-likelihood (rows,) of each row's answer."""
+        device = self.model.bias.device
+        tokens = padded([tokens for tokens, _ in rows], self.tokenizer.eos_id(), device)
+        prefix = torch.tensor([prefix for _, prefix in rows], device=device)
+        states = self.model.states(tokens, prefix)
+        place = torch.arange(1, tokens.shape[1], device=device)
+        written = (place >= prefix[:, None]) & (place < torch.tensor([[len(t)] for t, _ in rows], device=device))
+        logits = F.linear(states[:, :-1][written], self.model.head_weight(), self.model.bias + self.model.padding)
+        each = -F.cross_entropy(logits.float(), tokens[:, 1:][written], reduction="none")
+        return torch.zeros(len(rows), device=device).index_add(0, written.nonzero()[:, 0], each)
+
+    def scores(self, prepared):
+        """Per example the scores of its answers, as a list of tensors."""
+        rows = [row for example in prepared for row in example[0]]
+        values = self.model(rows) if self.bert else self.likelihood(rows)
+        if self.bert and values.shape[1] > 1:
+            return list(values)
+        return list(values.flatten().split([len(example[0]) for example in prepared]))
+
+    def loss(self, prepared):
+        if self.bert:
+            each = [F.cross_entropy(s[None], s.new_tensor([right[0]], dtype=torch.long))
+                    for s, (_, _, right) in zip(self.scores(prepared), prepared)]  # fmt: skip
+            return torch.stack(each).mean()
+        return -self.likelihood([rows[right[0]] for rows, _, right in prepared]).mean()
+
+    @torch.no_grad()
+    def predict(self, prepared):
+        return [answers[int(s.argmax())] for s, (_, answers, _) in zip(self.scores(prepared), prepared)]
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Scores
+# Training and asking
 
 
-def score_task(task, examples, predictions):
-    """{metric: value, "score": their mean} of predictions {key: label} on all examples."""
-    guesses, gold = [predictions[e.key] for e in examples], [e.gold for e in examples]
-    if task == "ReCoRD":
-        values = [
-            sum(metrics.best(metric, guess, answers) for guess, answers in zip(guesses, gold)) / len(gold)
-            for metric in (metrics.token_f1, metrics.exact)
-        ]
-    elif task == "MultiRC":
-        questions = collections.defaultdict(list)
-        for example, guess in zip(examples, guesses):
-            questions[example.key[:2]].append(guess == example.gold)
-        values = [metrics.binary_f1(guesses, gold, 1), sum(map(all, questions.values())) / len(questions)]
-    elif task == "AX-b":
-        values = [metrics.mcc(guesses, gold, "entailment")]
-    else:
-        values = [metrics.accuracy(guesses, gold)]
-        if task == "CB":
-            values.append(metrics.macro_f1(guesses, gold, TASKS[task].labels))
-        if task == "AX-g":
-            values.append(metrics.parity(guesses, [e.fields["pair_id"] for e in examples]))
-    return {**dict(zip(TASKS[task].scores, values)), "score": sum(values) / len(values)}
+def learnable(prepared):
+    """Examples that have a right answer among their candidates (in ReCoRD some have none)."""
+    return [example for example in prepared if example[2]]
 
 
-def score(predictions, data):
-    """{"tasks": {name: scores}, "mean": over the main tasks, "of": how many} of a folder or .zip of predictions."""
-    results = {}
-    for task, file in open_predictions(predictions).items():
-        gold = validation_file(data, task)
-        if gold is None:
-            raise ValueError(f"{data}: there is no {task}/val.jsonl to score {task}.jsonl against")
-        examples, name = read_task(task, gold), f"{predictions}: {task}.jsonl"
-        with file:
-            found = read_predictions(task, file, name)
-        keys = {e.key for e in examples}
-        if keys != set(found):
-            missing, unknown = sorted(keys - set(found)), sorted(set(found) - keys)
-            which = f"no prediction for idx {missing[0][-1]}" if missing else f"there is no idx {unknown[0][-1]} in {gold}"
-            raise ValueError(f"{name}: {which} ({len(missing)} missing, {len(unknown)} unknown)")
-        results[task] = score_task(task, examples, found)
-    main = [results[task]["score"] for task in MAIN if task in results]
-    return {
-        "tasks": {t: results[t] for t in TASKS if t in results},
-        "mean": sum(main) / len(main) if main else None,
-        "of": len(main),
-    }
+def ask(answers, examples, size, autocast):
+    """{key: label} for all examples."""
+    prepared = [answers.prepare(example, i) for i, example in enumerate(examples)]
+    found = {}
+    answers.model.eval()
+    lengths = [sum(len(row[0]) for row in example[0]) for example in prepared]
+    for part in tqdm(batches(lengths, size), desc=f"asking {answers.task}", leave=False, disable=None):
+        with autocast:
+            labels = answers.predict([prepared[i] for i in part])
+        found |= {examples[i].key: label for i, label in zip(part, labels)}
+    return {example.key: found[example.key] for example in examples}
 
 
-def baseline(data, out):
-    """Submission files with one label everywhere: the most frequent of train.jsonl (of the validation set where there is no
-    train.jsonl); in ReCoRD the first entity."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
-        path = validation_file(data, task)
-        if path is not None:
-            train = Path(data, task, "train.jsonl")
-            counted = collections.Counter(str(e.gold) for e in read_task(task, train if train.exists() else path))
-            common = None if task == "ReCoRD" else max(TASKS[task].labels, key=lambda label: counted[str(label)])
-            first = lambda e: (e.fields["entities"] or [""])[0]  # noqa: E731
-            write_predictions(out, task, {e.key: common if common is not None else first(e) for e in read_task(task, path)})
+def finetune(run, task, data, seed, args, autocast):
+    """One fine-tuning: {"epochs": validation scores, "predictions": of the last, and of AX where the task is RTE}."""
+    model, tokenizer, _ = load_run(run, args.device)
+    train = superglue.read_task(task, Path(data, task, "train.jsonl"))
+    val = superglue.read_task(task, superglue.validation_file(data, task))
+    answers = Answers(model, tokenizer, task, args.longest, seed)
+    answers.model.to(args.device)
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = args.dropout
+    examples = learnable([answers.prepare(example) for example in train])
+    lengths = [sum(len(row[0]) for row in example[0]) for example in examples]
+    decay = [p for p in answers.model.parameters() if p.ndim > 1]
+    rest = [p for p in answers.model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    epochs = args.epochs or EPOCHS[task]
+    total, step, scores = epochs * math.ceil(len(examples) / args.batch), 0, []
+    bar = tqdm(total=total, desc=f"{task}, seed {seed}", unit=" steps", leave=False, disable=None)
+    for epoch in range(epochs):
+        answers.model.train()
+        torch.manual_seed(int(rng(seed, "finetune dropout", epoch).integers(1 << 62)))
+        for part in batches(lengths, args.batch, random.Random(f"{seed} {task} {epoch}")):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(step / (0.06 * total + 1), (total - step) / (0.94 * total))
+            with autocast:
+                loss = answers.loss([examples[i] for i in part])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(answers.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+        predictions = {task: ask(answers, val, 4 * args.batch, autocast)}
+        scores.append(superglue.score_task(task, val, predictions[task]))
+        bar.set_postfix_str(f"epoch {epoch + 1}: {scores[-1]['score']:.3f}")
+    bar.close()
+    for diagnostic in ("AX-b", "AX-g") if task == "RTE" else ():
+        path = superglue.validation_file(data, diagnostic)
+        if path:
+            predictions[diagnostic] = ask(answers, superglue.read_task(diagnostic, path), 4 * args.batch, autocast)
+    return {"epochs": scores, "predictions": predictions}
+
+
+def few_shot(run, task, data, seed, args, autocast):
+    """The same without training: the answers of the model as it is, after `shots` solved examples."""
+    model, tokenizer, _ = load_run(run, args.device)
+    if model.config.arch != "ul2":
+        raise ValueError(f"{run}: --shots asks a UL2; a BERT is fine-tuned (--finetune)")
+    source = "RTE" if task.startswith("AX") else task  # the diagnostics have no training set
+    train = superglue.read_task(source, Path(data, source, "train.jsonl"))
+    val = superglue.read_task(task, superglue.validation_file(data, task))
+    predictions = ask(Answers(model, tokenizer, task, 0, seed, args.shots, train), val, args.batch, autocast)
+    return {"epochs": [superglue.score_task(task, val, predictions)], "predictions": {task: predictions}}
+
+
+def summarize(out, tasks, results):
+    """Prints the table, writes results.json and the submission files of each task's median seed."""
+    table, main = {}, []
+    for task in tasks:
+        runs = results[task]
+        last = [run["epochs"][-1] for run in runs]
+        middle = statistics.median_low([scores["score"] for scores in last])
+        pick = next(i for i, scores in enumerate(last) if scores["score"] == middle)
+        values = [scores["score"] for scores in last]
+        table[task] = {"median": statistics.median(values), "min": min(values), "max": max(values), "seeds": len(values),
+                       "runs": [run["epochs"] for run in runs]}  # fmt: skip
+        main += [table[task]["median"]] * (task in MAIN)
+        for name, predictions in runs[pick]["predictions"].items():
+            superglue.write_predictions(out, name, predictions)
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in last[pick].items() if name != "score")
+        print(f"  {task:8} {table[task]['median']:.3f}  ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds; {metrics})")
+    if main:
+        name = "SuperGLUE score" if len(main) == len(MAIN) else f"{len(main)}-task mean"
+        print(f"  {name}: {statistics.mean(main):.3f}")
+    (out / "results.json").write_text(json.dumps(table, indent=1))
 
 
 def main():
-    from options import Parser
+    from options import Parser, count, natural, positive, share
 
-    parser = Parser(prog="eval_superglue.py", allow_abbrev=False, usage="python eval_superglue.py --score FOLDER --data FOLDER")
+    parser = Parser(prog="eval_superglue.py", allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--data", required=True, help="the official folder, with BoolQ/val.jsonl and so on")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--score", help="folder or .zip of submission files; prints one JSON object")
-    what.add_argument("--baseline", help="folder to write: the most frequent label everywhere")
+    what.add_argument("--score", metavar="FOLDER", help="folder or .zip of submission files; prints one JSON object")
+    what.add_argument("--baseline", metavar="OUT", help="folder to write: the most frequent label everywhere")
+    what.add_argument("--finetune", metavar="RUN", help="run folder of the model to fine-tune")
+    what.add_argument("--shots", nargs=2, metavar=("K", "RUN"), help="ask the UL2 of a run folder, after K solved examples")
+    parser.add_argument("--tasks", default="all", help=f"of {', '.join(TASKS)}; all: those whose files are there")
+    parser.add_argument("--seeds", type=count, default=3, help="how many [3]")
+    parser.add_argument("--epochs", type=natural, default=0, help="0: by task, 2 for large to 10 for small ones")
+    parser.add_argument("--lr", type=positive, default=3e-5, help="peak learning rate [3e-5]")
+    parser.add_argument("--batch", type=count, default=16, help="examples a step [16]")
+    parser.add_argument("--longest", type=count, default=256, help="tokens of a pair at most [256]")
+    parser.add_argument("--dropout", type=share, default=0.1, help="dropout rate while fine-tuning [0.1]")
+    parser.add_argument("--out", default="", help="folder of the results [out/superglue/NAME OF THE RUN]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     try:
         if args.baseline:
-            return baseline(args.data, args.baseline)
-        result = score(args.score, args.data)
-    except ValueError as error:
+            return superglue.baseline(args.data, args.baseline)
+        if args.score:
+            return show_score(superglue.score(args.score, args.data))
+        evaluate(args, parser)
+    except (ValueError, checkpoint.NoCheckpoint) as error:
         parser.error(str(error))
+
+
+def show_score(result):
     print(json.dumps(result, indent=1))
     left = [task for task in MAIN if task not in result["tasks"]]
     name = "SuperGLUE score" if not left else f"{result['of']}-task mean (without {', '.join(left)})"
     if result["of"]:
         print(f"{name}: {result['mean']:.4f}", file=sys.stderr)
+
+
+def evaluate(args, parser):
+    if args.shots:
+        if not args.shots[0].isdigit():
+            parser.error(f"--shots: must be a whole number, 0 or above, not {args.shots[0][:40]!r}")
+        args.shots = [int(args.shots[0]), args.shots[1]]
+    run, solve = (args.finetune, finetune) if args.finetune else (args.shots[1], few_shot)
+    args.shots = args.shots and args.shots[0]
+    there = [task for task in TASKS if superglue.validation_file(args.data, task)]
+    if args.finetune:
+        there = [task for task in there if not task.startswith("AX")]
+    tasks = there if args.tasks == "all" else args.tasks.split(",")
+    for task in tasks:
+        if task not in there:
+            raise ValueError(f"--tasks: {task!r} is not one of {', '.join(there) or 'those in --data, which has none'}")
+    name = Path(run).resolve().name + (f"-{args.shots}shot" if solve is few_shot else "")
+    out = Path(args.out or f"out/superglue/{name}")
+    steady_memory()
+    bf16 = args.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
+    results = {}
+    for task in tasks:
+        for seed in range(args.seeds):
+            done = out / "runs" / f"{task}-{seed}.json"
+            settings = {name: getattr(args, name) for name in ("epochs", "lr", "batch", "longest", "dropout", "shots")}
+            if done.exists():
+                kept = json.loads(done.read_text())
+                if kept["settings"] != settings:
+                    raise ValueError(f"{done}: was made with other settings; choose another --out")
+                found = {"epochs": kept["epochs"], "predictions": {
+                    t: {tuple(key): label for key, label in pairs} for t, pairs in kept["predictions"].items()}}  # fmt: skip
+            else:
+                found = solve(run, task, args.data, seed, args, autocast)
+                done.parent.mkdir(parents=True, exist_ok=True)
+                kept = {t: [[list(key), label] for key, label in p.items()] for t, p in found["predictions"].items()}
+                text = json.dumps({"settings": settings, "epochs": found["epochs"], "predictions": kept})
+                done.with_suffix(".tmp").write_text(text)
+                done.with_suffix(".tmp").rename(done)
+            results.setdefault(task, []).append(found)
+    print(f"\n  {run}: median over seeds (lowest to highest; the metrics of the median seed)\n")
+    summarize(out, tasks, results)
+    print(f"  submission files of the median seeds: {out}/\n")
 
 
 if __name__ == "__main__":

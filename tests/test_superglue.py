@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-import eval_superglue as superglue
 import metrics
+import superglue
 from conftest import ROOT
 
 LINES = {

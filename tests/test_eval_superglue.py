@@ -1,0 +1,171 @@
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import eval_superglue
+import sample
+import superglue
+from test_sample import runs  # noqa: F401
+from test_superglue import LINES, data, run  # noqa: F401
+
+
+def answers(folder, task, **more):
+    model, tokenizer, _ = sample.load_run(folder)
+    return eval_superglue.Answers(model, tokenizer, task, 32, 0, **more)
+
+
+def examples(task):
+    return [example for line in LINES[task] for example in superglue.read_line(task, line)]
+
+
+def test_prompts_are_the_published_ones():
+    shown = {task: eval_superglue.prompt(task, examples(task)[0].fields) for task in superglue.TASKS}
+    assert shown["BoolQ"] == ("It is.\nQuestion: is it?\nAnswer:", {" no": "false", " yes": "true"})
+    assert shown["COPA"] == ("p because", {" a.": 0, " b.": 1})
+    assert (
+        shown["RTE"]
+        == shown["AX-b"]
+        == ("p\nQuestion: h True or False?\nAnswer:", {" True": "entailment", " False": "not_entailment"})
+    )
+    assert shown["MultiRC"][0] == "t\nQuestion: q\nAnswer: a\nIs the answer correct?"
+    assert shown["ReCoRD"][1] == {" Ann was met": "Ann", " Bob Ray was met": "Bob Ray"}
+    assert "*she*" in shown["WSC"][0] and '"Ann"' in shown["WSC"][0]
+
+
+def test_inputs_are_t5s():
+    shown = {task: eval_superglue.text_to_text(task, examples(task)[0].fields) for task in superglue.TASKS}
+    assert shown["RTE"] == ("rte hypothesis: h premise: p", {"entailment": "entailment", "not_entailment": "not_entailment"})
+    assert shown["COPA"] == ("copa choice1: A. choice2: B. premise: p. question: cause", {"choice1": 0, "choice2": 1})
+    assert shown["BoolQ"][0] == "boolq passage: It is. question: is it"
+    assert shown["ReCoRD"][0] == "record query: @placeholder was met entities: Ann, Bob Ray passage: Ann met Bob Ray."
+    for task, (_, choices) in shown.items():
+        assert task == "ReCoRD" or set(choices.values()) == set(superglue.TASKS[task].labels)
+
+
+def test_a_likelihood_is_the_sum_over_the_answer(runs):  # noqa: F811
+    """Against one row at a time, one token at a time."""
+    own = answers(runs["ul2"], "BoolQ")
+    rows = [own.continuation("some words and more", choice) for choice in (" no", " yes", " it may be so")]
+    with torch.no_grad():
+        together = own.likelihood(rows)
+        for (tokens, prefix), value in zip(rows, together):
+            total = 0.0
+            for at in range(prefix, len(tokens)):
+                logits = own.model.logits(torch.tensor([tokens[:at]]), torch.tensor([prefix]))[0, -1]
+                total += logits.log_softmax(-1)[tokens[at]].item()
+            assert value.item() == pytest.approx(total, abs=1e-3)
+
+
+def test_padding_does_not_change_an_answer(runs):  # noqa: F811
+    own = answers(runs["bert"], "RTE")
+    own.model.eval()
+    rows = [own.model.row("one two", "three"), own.model.row("a longer text of many words here", "and more of it")]
+    with torch.no_grad():
+        both = own.model(rows)
+        for row, together in zip(rows, both):
+            torch.testing.assert_close(own.model([row])[0], together, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_too_long_is_cut():
+    class Words:
+        encode = staticmethod(lambda text: [len(word) for word in text.split()])
+        bos_id, eos_id = staticmethod(lambda: 100), staticmethod(lambda: 101)
+
+    config = eval_superglue.load_run.__globals__["transformer"].Config(layers=1, width=8, heads=1, mlp=8, vocab=200, seq=12)
+    model = eval_superglue.Classifier(eval_superglue.load_run.__globals__["transformer"].BERT(config), Words, 2, 50, 0)
+    tokens, types = model.row("a bb ccc dddd eeeee ffffff ggggggg", "a bb ccc")
+    assert tokens == [100, 1, 2, 3, 4, 5, 6, 101, 1, 2, 3, 101] and types == [0] * 8 + [1] * 4
+
+
+def test_batches_cover_everything_once():
+    lengths = [random.Random(1).randrange(100) for _ in range(333)]
+    for generator in (None, random.Random(0)):
+        found = eval_superglue.batches(lengths, 8, generator)
+        assert sorted(i for part in found for i in part) == list(range(333)) and len(found) == math.ceil(333 / 8)
+    spread = [max(lengths[i] for i in part) - min(lengths[i] for i in part) for part in found]
+    assert sum(spread) / len(spread) < 10  # of about the same length
+    assert eval_superglue.batches(lengths, 8, random.Random(1)) != found
+
+
+def learnable(folder):
+    """A BoolQ whose answer is one word of the question, a CB and an AX-b: files for a few seconds of training."""
+    rng = random.Random(0)
+    for task in ("BoolQ", "COPA", "RTE"):
+        (folder / task).mkdir(parents=True)
+        for name, count in (("train", 160), ("val", 40)):
+            rows = []
+            for i in range(count):
+                truth = rng.random() < 0.5
+                word = "yes yes yes" if truth else "no no no"
+                if task == "BoolQ":
+                    rows.append({"question": word, "passage": "is it so", "idx": i, "label": truth})
+                elif task == "RTE":
+                    label = "entailment" if truth else "not_entailment"
+                    rows.append({"premise": word, "hypothesis": "so", "idx": i, "label": label})
+                else:
+                    choices = ["good good", "bad bad"][:: 1 if truth else -1]
+                    rows.append({"premise": "so.", "choice1": choices[0], "choice2": choices[1], "question": "cause", "idx": i,
+                                 "label": 0 if truth else 1})  # fmt: skip
+            (folder / task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize("arch, lr", [("bert", "2e-3"), ("ul2", "2e-3")])
+def test_fine_tuning_learns_and_continues(runs, arch, lr, tmp_path):  # noqa: F811
+    folder, out = learnable(tmp_path / "data"), tmp_path / "out"
+    (folder / "AX-b").mkdir()
+    (folder / "AX-b" / "AX-b.jsonl").write_text("\n".join(map(json.dumps, LINES["AX-b"])))
+    flags = ["--finetune", runs[arch], "--data", folder, "--epochs", 4, "--lr", lr, "--out", out, "--dropout", 0, "--seeds", 2]
+    tasks = "BoolQ,RTE,COPA" if arch == "bert" else "BoolQ,RTE"  # to compare two texts takes a better UL2 than this one
+    shown = run("--tasks", tasks, *flags)
+    assert shown.returncode == 0, shown.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert all(results[task]["median"] > 0.9 for task in results) and len(results["RTE"]["runs"][0]) == 4, results
+    assert f"{len(results)}-task mean" in shown.stdout and (out / "AX-b.jsonl").exists()
+    scored = json.loads(run("--score", out, "--data", folder).stdout)
+    for task in results:
+        assert scored["tasks"][task]["score"] in [epochs[-1]["score"] for epochs in results[task]["runs"]]
+    (out / "runs" / "RTE-1.json").unlink()  # as if it had been stopped before the last one
+    files = {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}
+    assert run("--tasks", tasks, *flags).returncode == 0
+    assert all(file.stat().st_mtime_ns == at for file, at in files.items())
+    assert json.loads((out / "results.json").read_text()) == results
+    shown = run("--tasks", "RTE", *flags, "--batch", 8)
+    assert shown.returncode == 2 and "other settings" in shown.stderr
+
+
+def test_few_shots(runs, data, tmp_path):  # noqa: F811
+    for task in superglue.TASKS:
+        file = superglue.validation_file(data, task)
+        (file.parent / "train.jsonl").write_text(file.read_text())
+    shown = run("--shots", 2, runs["ul2"], "--data", data, "--seeds", 2, "--out", tmp_path / "out")
+    assert shown.returncode == 0 and "SuperGLUE score" in shown.stdout, shown.stderr
+    assert json.loads(run("--score", tmp_path / "out", "--data", data).stdout)["of"] == 8
+    shown = run("--shots", 2, runs["bert"], "--data", data, "--out", tmp_path / "no")
+    assert shown.returncode == 2 and "BERT" in shown.stderr
+
+
+def test_examples_before_a_question_depend_on_seed_task_and_number(runs):  # noqa: F811
+    pool = examples("CB")
+    own = answers(runs["ul2"], "CB", shots=2, examples=pool)
+    first = own.with_examples(pool[0], 0)[0]
+    assert first == own.with_examples(pool[0], 0)[0] and first.count("\n\n") == 2
+    assert len({own.with_examples(pool[0], number)[0] for number in range(20)}) > 2
+    assert first.endswith("p\nQuestion: h. True, False, or Neither?\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [(["--tasks", "RTF"], "RTF"), (["--lr", "0"], "--lr"), (["--seeds", "x"], "--seeds"), (["--dropout", "1"], "--dropout")],
+)
+def test_bad_flags(runs, data, flags, word):  # noqa: F811
+    shown = run("--finetune", runs["bert"], "--data", data, *flags)
+    assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+
+
+def test_not_a_run(data, tmp_path):  # noqa: F811
+    shown = run("--finetune", tmp_path, "--data", data)
+    assert shown.returncode == 2 and str(tmp_path) in shown.stderr and shown.stderr.count("\n") == 1
