@@ -118,12 +118,16 @@ def state(model, optimizer):
 @torch.no_grad()
 def load_weights(model, tensors, where):
     """Copy named tensors into a model. ValueError unless names and shapes are the model's own."""
+    check_weights(model, tensors, where)
+    for name, p in model.named_parameters():
+        parallel.copy_into(p, tensors[name])
+
+
+def check_weights(model, tensors, where):
     own = dict(model.named_parameters())
     wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
         raise ValueError(f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more")
-    for name, p in own.items():
-        parallel.copy_into(p, tensors[name])
 
 
 @torch.no_grad()
@@ -132,6 +136,18 @@ def load_moments(model, optimizer, tensors):
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
             parallel.copy_into(value, tensors[f"{key}.{name}"])
+
+
+def initial_weights(args, config, depth):
+    """The weights of the run folder --init, once it is known that they fit. ValueError if they do not."""
+    if not checkpoint.folders(args.init):
+        raise ValueError(f"--init {args.init}: there is no checkpoint in it")
+    tensors = checkpoint.load(checkpoint.folders(args.init)[-1])[0]["model"]
+    with torch.device("meta"):
+        model = transformer.make(config)
+    model.blocks = model.blocks[:depth]
+    check_weights(model, tensors, f"--init {args.init}")
+    return tensors
 
 
 def grow(tensors, sources, args, config, ranks):
@@ -261,8 +277,7 @@ def main(args, dtype, ranks):
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     run = Path(args.out)
-    if args.init and not checkpoint.folders(args.init):
-        raise ValueError(f"--init {args.init}: there is no checkpoint in it")
+    initial = initial_weights(args, config, method.depth(1)) if args.init and not checkpoint.folders(run) else None
     flags_now = {**vars(args), "data_fingerprint": corpus.fingerprint}
     newest = lock = None
     if first:
@@ -280,9 +295,9 @@ def main(args, dtype, ranks):
     if step:
         load_weights(model, tensors["model"], "the checkpoint")
         load_moments(model, optimizer, tensors["optimizer"])
-    elif args.init:
-        load_weights(model, checkpoint.load(checkpoint.folders(args.init)[-1])[0]["model"], f"--init {args.init}")
-    del tensors, newest
+    elif initial:
+        load_weights(model, initial, f"--init {args.init}")
+    del tensors, newest, initial
 
     # --- log -------------------------------------------------------------------------------------------------------
     log, earlier = open_log(run, step) if first else (open(os.devnull, "w"), [])
@@ -298,18 +313,20 @@ def main(args, dtype, ranks):
         if first:
             bar.write(line, file=sys.stderr)
 
-    def save(step):
+    def save(step, final):  # True if it worked; Stop if it did not, and there is no next time
         tensors = state(model, optimizer)  # under FSDP2 all ranks gather it
         if not first:
-            return
+            return True
         meta = {"step": step, "flops": flops, "seconds": seconds, "flags": flags_now}
         meta["tokenizer_sha256"] = corpus.meta["tokenizer_sha256"]
         try:
             checkpoint.save(run, step, tensors, meta, args.keep, args.keep_every)
+            return True
         except OSError as error:  # a full disk, say: older checkpoints are as they were
-            if step == args.steps or stopped:
+            if final:
                 raise Stop(1, f"the state at step {step} could not be saved: {error}") from None
             say(f"warning: no checkpoint at step {step}, training goes on: {error}")
+            return False
         except checkpoint.NotFinite as error:
             raise Stop(3, f"{error}: nothing was saved") from None
 
@@ -343,7 +360,7 @@ def main(args, dtype, ranks):
         subnetwork = method.subnetwork(step)
         if ranks.agree(step, subnetwork, bool(stopped)):
             if saved < step - 1:
-                save(step - 1)
+                save(step - 1, final=True)
             bar.close()
             name = signal.Signals(stopped[0]).name if stopped else "a signal to another process"
             raise Stop(75, f"stopped by {name} after step {step - 1}; the same command continues")
@@ -405,8 +422,7 @@ def main(args, dtype, ranks):
             shown = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
             say(f"step {step:>6}  held-out loss {full:.3f}{shown}")
         if last or (args.save_every and step % args.save_every == 0):
-            save(step)
-            saved = step
+            saved = step if save(step, final=last) else saved
     bar.close()
     if first:
         full = [e for e in report.read_log(run) if e["event"] == "eval"][-1]["loss"]

@@ -224,6 +224,14 @@ def test_a_disk_that_stays_full(flags, tmp_path):
     assert Run(flags).end()[0] == [0]  # there is room again
 
 
+@pytest.mark.parametrize("world, rank", [(1, 0), (2, 1)])
+def test_stopped_while_the_disk_is_full(flags, world, rank):
+    """The step before the signal has just failed to be saved, and cannot be saved now either."""
+    run = Run([*flags, "--steps", "4000"], world, fault=limited).reach(6)
+    codes, errors = run.send("SIGTERM", rank).end()
+    assert codes == [1] * world and "could not be saved" in errors[0], errors
+
+
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(OSError, match="free"):

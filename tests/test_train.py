@@ -137,6 +137,12 @@ def test_init_takes_over_weights(tiny, tmp_path):
         torch.testing.assert_close(weights(second)[name], value, atol=1e-9, rtol=0)
 
 
+def test_weights_that_do_not_fit_leave_nothing_behind(tiny, tmp_path):
+    first = go(tiny)
+    shown = command([*tiny[:-1], str(tmp_path / "second")], "--init", first, "--width", 32)
+    assert shown.returncode == 2 and "--init" in shown.stderr and not (tmp_path / "second").exists()
+
+
 # ---- continuing
 
 
