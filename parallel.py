@@ -63,7 +63,8 @@ class Ranks:
         dist.all_gather(parts, own)
         codes, seen = [int(part[0]) for part in parts], [tuple(part[1:].tolist()) for part in parts]
         if any(codes):
-            raise Left(max(codes), codes.index(max(codes)))
+            worst = min(code for code in codes if code)  # 75, stopped and saved, is the mildest
+            raise Left(worst, codes.index(worst))
         return seen
 
     def agree(self, step, subnetwork, stop):
