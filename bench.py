@@ -34,6 +34,7 @@ import methods
 import model as transformer
 import options
 import parallel
+import prepare
 import stacking
 import train
 from raptr import RaPTr, Stage, whole
@@ -76,7 +77,7 @@ def trainer(model, loss, dtype):
 
 
 def make_batch(config, size):
-    tokens = torch.randint(data.SPECIAL, config.vocab, (size, config.seq))
+    tokens = torch.randint(prepare.SPECIAL, config.vocab, (size, config.seq))
     masked = torch.stack([torch.randperm(config.seq)[: data.masked_per_window(config.seq)] for _ in range(size)])
     return tokens, masked, tokens.gather(1, masked)
 
@@ -152,7 +153,7 @@ def their_step(kind, config, size, dtype):
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=kind,
         )
     )  # fmt: skip
-    tokens = torch.randint(data.SPECIAL, config.vocab, (size, config.seq))
+    tokens = torch.randint(prepare.SPECIAL, config.vocab, (size, config.seq))
     labels = torch.where(torch.rand(tokens.shape) < 0.15, tokens, -100)
     return trainer(theirs, lambda: theirs(input_ids=tokens, labels=labels).loss, dtype)
 
@@ -200,7 +201,7 @@ def bench_rival(args, config, report):
 
 
 def bench_data(args, config, report):
-    corpus = data.Corpus(data.prepared())
+    corpus = data.Corpus(prepare.prepared())
     toy = transformer.Config(12, 128, 2, 512, 64, corpus.vocab, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
     step, turn = our_step(toy, 16, args.dtype), iter(range(1, 10**9))
     times = interleaved({"batch": lambda: corpus.batch(0, next(turn), 16, 64), "step": lambda: step(None)}, args.rounds)
@@ -245,7 +246,7 @@ def bench_memory(args, config, report):
         toy = f"import runpy, sys; sys.argv = ['train.py', '--steps', '30', '--out', '{folder}/run']"
         commands = {
             "toy run": f"{toy}\ntry: runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass",
-            "preparing the manual": f"import data; data.prepare(data.manual, '{folder}/corpus', 4096)",
+            "preparing the manual": f"import prepare; prepare.prepare(prepare.manual, '{folder}/corpus', 4096)",
         }
         for name, code in commands.items():
             code += "\nprint([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"

@@ -429,8 +429,7 @@ def main(argv):
             flags = plan(arms, base, budget)
             if args.plan or not flags:
                 continue
-            corpus = train.data.prepared(base.data, base.vocab)  # once, before several runs want it
-            text = train.data.Corpus(corpus).fingerprint
+            text = train.data.open_corpus(base.data, base.vocab).fingerprint  # prepared once, before several runs want it
             name = args.name if len(budgets) == 1 else f"{args.name}-{budget:g}"
             out = Path("out/compare") / name
             tuning = {}

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import NO_TARGET, SEP, Corpus, masked_per_window, prepared, rng
+from data import NO_TARGET, Corpus, masked_per_window, rng
+from prepare import SEP, prepared
 
 
 class Denoiser(NamedTuple):

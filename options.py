@@ -63,7 +63,7 @@ def flags():
     group = parser.add_argument_group("run")
     flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
     flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
-    flag("data", str, "", "prepared corpus (data.py), or text files or a folder of them; default: this machine's own manual")
+    flag("data", str, "", "prepared corpus (data.py), several (A:3,B:1), or text; default: this machine's own manual")
     flag("init", str, "", "start from the weights of this run folder")
     whole = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
     flag("seed", whole, 0, "of weights, data order, masks, paths and dropout")

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import data
 import denoisers
 import model as transformer
+import prepare
 from raptr import RaPTr, Stage, draw
 
 GAP = "___"
@@ -41,7 +41,7 @@ def load_run(run, device="cpu"):
 
         tokenizer = hf.WordPiece(run / "vocab.txt")
     else:
-        tokenizer = data.load_tokenizer(run / "tokenizer.model")
+        tokenizer = prepare.load_tokenizer(run / "tokenizer.model")
     tensors, meta = checkpoint.load(folders[-1], device)
     config = transformer.Config.of(args, denoisers.model_vocab(args, tokenizer.vocab_size()))
     model = transformer.make(config).to(device).eval()
@@ -137,13 +137,13 @@ def write(model, tokenizer, text, limit, subnetwork=None, **how):
     room = model.config.seq - len(prefix)
     if room < 2:
         raise ValueError(f"the text has {len(prefix)} tokens, and the model was trained on {model.config.seq} in all (--seq)")
-    banned = [data.PAD, data.UNK, data.CLS, data.MASK, *range(V, V + len(denoisers.MODES))]
-    written = generate(model, prefix, sentinel, {data.SEP}, banned, min(room, limit + len(parts)), subnetwork, **how)
+    banned = [prepare.PAD, prepare.UNK, prepare.CLS, prepare.MASK, *range(V, V + len(denoisers.MODES))]
+    written = generate(model, prefix, sentinel, {prepare.SEP}, banned, min(room, limit + len(parts)), subnetwork, **how)
     gaps, current = {}, None
     for token in written:
         if token >= V:
             current = gaps.setdefault(token - sentinel, [])
-        elif current is not None and token >= data.SPECIAL:
+        elif current is not None and token >= prepare.SPECIAL:
             current.append(token)
     pieces = []
     for i, part in enumerate(parts):

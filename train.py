@@ -265,9 +265,9 @@ def main(args, dtype, ranks):
     device, first = ranks.device, ranks.rank == 0  # only the first process writes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     if first:
-        data.prepared(args.data, args.vocab)
+        data.open_corpus(args.data, args.vocab)
     ranks.gather()  # the others wait for the text
-    tokens = data.Corpus(data.prepared(args.data, args.vocab))
+    tokens = data.open_corpus(args.data, args.vocab)
     corpus = denoisers.view(args, tokens)
     corpus.count("train", args.seq)
     fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")]

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
-import data  # noqa: E402
+import prepare  # noqa: E402
 
 
 def sentences(count, seed=0):
@@ -37,7 +37,7 @@ def text():
 def corpus(tmp_path_factory, text):
     """Folder of a prepared corpus of 512 token ids."""
     out = tmp_path_factory.mktemp("corpus") / "small"
-    data.prepare(lambda: ((document, True) for document in text), out, vocab=512, source="made-up sentences")
+    prepare.prepare(lambda: ((document, True) for document in text), out, vocab=512, source="made-up sentences")
     return out
 
 

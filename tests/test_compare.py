@@ -7,6 +7,7 @@ import pytest
 
 import compare
 import options
+import prepare
 import train
 from conftest import ROOT
 
@@ -136,7 +137,7 @@ def test_a_table_does_not_mix_settings(tmp_path, corpus, text, monkeypatch, caps
         compare.main([*flags.split(), str(corpus), "--steps", "4"])
     assert "another --steps" in capsys.readouterr().err
     shorter = tmp_path / "shorter"
-    train.data.prepare(lambda: ((d, True) for d in text[:900]), shorter, 512, tokenizer=corpus / "tokenizer.model")
+    prepare.prepare(lambda: ((d, True) for d in text[:900]), shorter, 512, tokenizer=corpus / "tokenizer.model")
     with pytest.raises(SystemExit):
         compare.main([*flags.split(), str(shorter), "--steps", "3"])
     assert "another text" in capsys.readouterr().err

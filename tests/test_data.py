@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import data
+import prepare
 from conftest import ROOT, sentences
-from data import CLS, MASK, NO_TARGET, SEP, Corpus
+from data import NO_TARGET, Corpus
+from prepare import CLS, MASK, SEP, SPECIAL
 
 
 def run(*arguments):
@@ -57,7 +59,7 @@ def test_txt_jsonl_and_gz_hold_the_same_documents(tmp_path, text):
 
 def test_special_tokens_cannot_be_written_by_a_text(corpus):
     ids = Corpus(corpus).tokenizer.encode("[MASK] [CLS] [SEP] [PAD]")
-    assert min(ids) >= data.SPECIAL
+    assert min(ids) >= SPECIAL
 
 
 def test_what_is_not_utf8_is_replaced_and_counted(tmp_path, text):
@@ -75,12 +77,12 @@ def test_half_a_character_is_replaced_too(tmp_path, text):
 
 
 def test_the_tokenizer_sample_is_not_the_held_out_text(text, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE", 4_000)
+    monkeypatch.setattr(prepare, "SAMPLE", 4_000)
     seen = []
-    trainer = data.sentencepiece.SentencePieceTrainer
+    trainer = prepare.sentencepiece.SentencePieceTrainer
     monkeypatch.setattr(trainer, "train", lambda sentence_iterator, **_: seen.extend(sentence_iterator))
-    assert data.train_tokenizer(((d, True) for d in text), 512) == b""  # as nothing was trained
-    assert len(seen) > 10 and sum(data.chance(d) < 0.05 for d in seen) < len(seen) / 3
+    assert prepare.train_tokenizer(((d, True) for d in text), 512) == b""  # as nothing was trained
+    assert len(seen) > 10 and sum(prepare.chance(d) < 0.05 for d in seen) < len(seen) / 3
 
 
 def test_one_huge_line_needs_little_memory(tmp_path, text):
@@ -99,17 +101,17 @@ def test_one_huge_line_needs_little_memory(tmp_path, text):
 
 
 def test_the_tokenizer_sees_a_bounded_sample(text, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE", 20_000)
+    monkeypatch.setattr(prepare, "SAMPLE", 20_000)
     seen = []
-    trainer = data.sentencepiece.SentencePieceTrainer
+    trainer = prepare.sentencepiece.SentencePieceTrainer
     monkeypatch.setattr(trainer, "train", lambda sentence_iterator, **_: seen.extend(sentence_iterator))
-    assert data.train_tokenizer(((d, True) for d in text), 512) == b""  # as nothing was trained
+    assert prepare.train_tokenizer(((d, True) for d in text), 512) == b""  # as nothing was trained
     assert 5_000 < sum(map(len, seen)) <= 20_000 and set(seen) <= set(text)
 
 
 def test_shards_are_cut_and_read_across(tmp_path, text, corpus, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 777)
-    data.prepare(lambda: ((d, True) for d in text), tmp_path / "cut", 512, tokenizer=corpus / "tokenizer.model")
+    monkeypatch.setattr(prepare, "SHARD", 777)
+    prepare.prepare(lambda: ((d, True) for d in text), tmp_path / "cut", 512, tokenizer=corpus / "tokenizer.model")
     one, many = Corpus(corpus), Corpus(tmp_path / "cut")
     assert len(many.shards["train"]) > 30 and len(one.shards["train"]) == 1
     np.testing.assert_array_equal(np.concatenate(many.shards["train"]), one.shards["train"][0])
@@ -123,15 +125,15 @@ def c4(folder, text, files=5):
     for i in range(files):
         with gzip.open(folder / "en" / f"c4-train.{i:05d}-of-{files:05d}.json.gz", "wt") as file:
             file.writelines(json.dumps({"text": d, "timestamp": "x", "url": "y"}) + "\n" for d in text[i::files])
-    return data.text_files([folder])
+    return prepare.text_files([folder])
 
 
 def test_many_files_are_encoded_by_many_processes(tmp_path, text, monkeypatch):
     """As one process does it: the same documents, token for token."""
     files = c4(tmp_path / "c4", text)
-    data.prepare(files, tmp_path / "one", 512)
-    monkeypatch.setattr(data, "PART", 1)
-    data.prepare(files, tmp_path / "many", 512)
+    prepare.prepare(files, tmp_path / "one", 512)
+    monkeypatch.setattr(prepare, "PART", 1)
+    prepare.prepare(files, tmp_path / "many", 512)
     one, many = Corpus(tmp_path / "one"), Corpus(tmp_path / "many")
     assert len(one.shards["train"]) == 1 and len(many.shards["train"]) == 5
     for split in ("train", "val"):
@@ -142,23 +144,23 @@ def test_many_files_are_encoded_by_many_processes(tmp_path, text, monkeypatch):
 
 def test_preparing_goes_on_where_it_was_interrupted(tmp_path, text, monkeypatch):
     files = c4(tmp_path / "c4", text)
-    monkeypatch.setattr(data, "PART", 1)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
-    data.prepare(files, tmp_path / "whole", 512)
-    encode, done = data.encode_part, []
+    monkeypatch.setattr(prepare, "PART", 1)
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 1)
+    prepare.prepare(files, tmp_path / "whole", 512)
+    encode, done = prepare.encode_part, []
 
     def interrupted(folder, number, *rest):
         if number == 3:
             raise KeyboardInterrupt
         return encode(folder, number, *rest)
 
-    monkeypatch.setattr(data, "encode_part", interrupted)
+    monkeypatch.setattr(prepare, "encode_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(files, tmp_path / "out", 512)
+        prepare.prepare(files, tmp_path / "out", 512)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(data, "encode_part", encode)
-    monkeypatch.setattr(data, "write_documents", lambda *a, f=data.write_documents: (done.append(1), f(*a))[1])
-    data.prepare(files, tmp_path / "out", 512)
+    monkeypatch.setattr(prepare, "encode_part", encode)
+    monkeypatch.setattr(prepare, "write_documents", lambda *a, f=prepare.write_documents: (done.append(1), f(*a))[1])
+    prepare.prepare(files, tmp_path / "out", 512)
     assert len(done) == 2  # of five
     whole, out = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("whole", "out"))
     assert whole == out and sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
@@ -171,10 +173,10 @@ def test_a_shard_of_more_than_2_to_the_31_tokens(corpus, tmp_path):
     corpus, count = Corpus(corpus), (1 << 31) + 5000
     tail = np.arange(6, 4006, dtype="<u2") % 500 + 6
     with open(tmp_path / "shard", "wb") as file:
-        file.truncate(data.HEADER + 2 * count)
-        file.seek(data.HEADER + 2 * (count - len(tail)))
+        file.truncate(prepare.HEADER + 2 * count)
+        file.seek(prepare.HEADER + 2 * (count - len(tail)))
         file.write(tail.tobytes())
-    sparse = np.memmap(tmp_path / "shard", "<u2", "r", data.HEADER, (count,))
+    sparse = np.memmap(tmp_path / "shard", "<u2", "r", prepare.HEADER, (count,))
     corpus.shards["train"], corpus.ends["train"] = [sparse, sparse], np.cumsum([count, count])
     np.testing.assert_array_equal(corpus.read("train", count - 4000, 4000), tail)
     np.testing.assert_array_equal(corpus.read("train", 2 * count - 100, 100), tail[-100:])
@@ -183,6 +185,36 @@ def test_a_shard_of_more_than_2_to_the_31_tokens(corpus, tmp_path):
     order = corpus.order(0, 10**9, 512, 64)  # a step far along, in a later epoch
     assert order.min() >= 0 and order.max() < n and order.max() > n // 2 and len(set(order)) == 512
     assert corpus.batch(0, 10**9, 8, 64)[0].shape == (8, 64)
+
+
+def test_a_mixture_takes_from_each_its_share(tmp_path, text, corpus):
+    prepare.prepare(lambda: ((d, True) for d in text[:400]), tmp_path / "b", 512, tokenizer=corpus / "tokenizer.model")
+    mixture = data.open_corpus(f"{corpus}:3,{tmp_path / 'b'}:1")
+    a, b = Corpus(corpus), Corpus(tmp_path / "b")
+    taken = np.concatenate([mixture.order(0, step, 16, 32) for step in range(1, 2001)])
+    own = [taken[taken >> 48 == number] & ((1 << 48) - 1) for number in (0, 1)]
+    assert len(own[0]) == 24_000 and len(own[1]) == 8_000
+    for part, found in ((a, own[0]), (b, own[1])):  # each in its own order, every window once per epoch
+        np.testing.assert_array_equal(found, part.at(0, np.arange(len(found)), 32))
+    np.testing.assert_array_equal(mixture.order(0, 37, 16, 32), taken[36 * 16 : 37 * 16])
+    shuffled = [(taken[i * 1000 : (i + 1) * 1000] >> 48).tolist() for i in range(2)]
+    assert shuffled[0] != shuffled[1] and sum(shuffled[0]) == 250
+    index = taken[:50]
+    for row, i in zip(mixture.windows("train", 32, index), index):
+        part = (a, b)[i >> 48]
+        np.testing.assert_array_equal(row, part.windows("train", 32, [i & ((1 << 48) - 1)])[0])
+    assert len(mixture.fixed(40, 32)[0]) == 40 and mixture.fingerprint != a.fingerprint
+    assert data.open_corpus(f"{corpus}:1,{tmp_path / 'b'}:1").fingerprint != mixture.fingerprint
+
+
+def test_a_mixture_that_cannot_be(tmp_path, text, corpus):
+    prepare.prepare(lambda: ((d, True) for d in text[:400]), tmp_path / "b", 600)
+    with pytest.raises(ValueError, match="tokenizer"):
+        data.open_corpus(f"{corpus},{tmp_path / 'b'}")
+    with pytest.raises(ValueError, match="nowhere"):
+        data.open_corpus(f"{corpus}:1,nowhere:2")
+    with pytest.raises(ValueError, match="above 0"):
+        data.open_corpus(f"{corpus}:1,{corpus}:0")
 
 
 # ---- batches
@@ -243,15 +275,15 @@ def test_masking_is_berts(corpus):
     rows = np.arange(len(tokens))[:, None]
     original, shown = tokens[rows, masked], inputs[rows, masked]
     np.testing.assert_array_equal(original[real], targets[real])
-    assert (original[real] >= data.SPECIAL).all()
+    assert (original[real] >= SPECIAL).all()
     changed = inputs != tokens
     assert changed.sum() == (shown != original)[real].sum()  # nothing else was touched
     assert all(len(set(m[r])) == r.sum() for m, r in zip(masked, real))  # no position twice
-    share = real.sum() / (tokens >= data.SPECIAL).sum()
+    share = real.sum() / (tokens >= SPECIAL).sum()
     assert abs(share - 0.15) < 0.002
     assert abs((shown == MASK)[real].mean() - 0.8) < 0.01
     kept = (shown == original)[real].mean()
-    assert abs(kept - 0.1 - 0.1 / (corpus.vocab - data.SPECIAL)) < 0.01
+    assert abs(kept - 0.1 - 0.1 / (corpus.vocab - SPECIAL)) < 0.01
     counts = np.bincount(masked[real], minlength=128)[1:]
     assert counts.std() / counts.mean() < 0.1  # every position equally often
 
@@ -330,10 +362,10 @@ def copy_of(corpus, tmp_path):
 
 
 def high_id(raw):
-    header = json.loads(raw[: data.HEADER])
-    tokens = np.frombuffer(raw[data.HEADER :], "<u2").copy()
+    header = json.loads(raw[: prepare.HEADER])
+    tokens = np.frombuffer(raw[prepare.HEADER :], "<u2").copy()
     tokens[7] = header["vocab"]
-    return raw[: data.HEADER] + tokens.tobytes()
+    return raw[: prepare.HEADER] + tokens.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -358,21 +390,21 @@ def test_a_damaged_shard_is_named(corpus, tmp_path, damage, word):
 
 
 def test_ids_outside_the_vocabulary_are_found(tmp_path):
-    writer = data.ShardWriter(tmp_path, "train", 1000)
+    writer = prepare.ShardWriter(tmp_path, "train", 1000)
     writer.write([5, 999, 7])
     writer.close()
     path = tmp_path / "train_00000.bin"
-    assert data.open_shard(path, writer.digests[0]).tolist() == [5, 999, 7]
+    assert prepare.open_shard(path, writer.digests[0]).tolist() == [5, 999, 7]
     path.write_bytes(path.read_bytes().replace(b'"vocab": 1000', b'"vocab": 999 '))
     with pytest.raises(ValueError, match="999"):
-        data.open_shard(path, writer.digests[0])
+        prepare.open_shard(path, writer.digests[0])
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
-    writer = data.ShardWriter(tmp_path, "train", 256_000)
+    writer = prepare.ShardWriter(tmp_path, "train", 256_000)
     writer.write([255_999, 70_000])
     writer.close()
-    assert data.open_shard(tmp_path / "train_00000.bin", writer.digests[0]).tolist() == [255_999, 70_000]
+    assert prepare.open_shard(tmp_path / "train_00000.bin", writer.digests[0]).tolist() == [255_999, 70_000]
 
 
 @pytest.mark.parametrize("content", [b"", b"random bytes", None])
@@ -386,7 +418,7 @@ def test_a_bad_tokenizer_is_refused(corpus, tmp_path, content):
 
 def test_another_tokenizer_is_refused(corpus, tmp_path, text):
     folder = copy_of(corpus, tmp_path)
-    (folder / "tokenizer.model").write_bytes(data.train_tokenizer(((d, True) for d in text), 600))
+    (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(((d, True) for d in text), 600))
     with pytest.raises(ValueError, match="not the tokenizer"):
         Corpus(folder)
 
@@ -400,5 +432,5 @@ def test_an_existing_out_is_not_touched(corpus, tmp_path):
 def test_demo_shows_the_manual():
     shown = run()
     assert shown.returncode == 0 and "asked for" in shown.stdout
-    corpus = Corpus(data.prepared())
+    corpus = Corpus(prepare.prepared())
     assert corpus.meta["train"]["tokens"] > 800_000 and corpus.meta["val"]["tokens"] > 30_000

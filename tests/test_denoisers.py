@@ -3,8 +3,9 @@ import pytest
 
 import denoisers
 import options
-from data import NO_TARGET, SEP, Corpus, rng
+from data import NO_TARGET, Corpus, rng
 from denoisers import DENOISERS, MODES, UL2, denoise, extra_tokens, span_mask
+from prepare import SEP
 
 VOCAB, SEQ = 1000, 128
 FIRST = VOCAB + len(MODES)  # the first sentinel
