@@ -9,7 +9,7 @@ train: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 bench: .venv/ready
 	$(RUN) bench.py

@@ -242,12 +242,12 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
 # ---- signals
 
 
-@pytest.mark.parametrize("world, rank", [(1, 0), (2, 0), (2, 1)])
-def test_a_signal_to_any_process_stops_all_at_one_step(flags, world, rank, tmp_path):
+@pytest.mark.parametrize("world, rank, name", [(1, 0, "SIGINT"), (2, 0, "SIGTERM"), (2, 1, "SIGTERM")])
+def test_a_signal_to_any_process_stops_all_at_one_step(flags, world, rank, name, tmp_path):
     flags = [*flags, "--steps", "60"]
     ref, copy = go(flags), tmp_path / "copy"
-    codes, errors = Run(at(flags, copy), world).reach(10).send("SIGTERM", rank).end()
-    assert codes == [75] * world and sum("signal" in e or "SIGTERM" in e for e in errors) == 1, errors
+    codes, errors = Run(at(flags, copy), world).reach(10).send(name, rank).end()
+    assert codes == [75] * world and sum("signal" in e or name in e for e in errors) == 1, errors
     stopped = events(copy, "step")[-1]["step"]
     assert 10 <= stopped < 60 and checkpoint.folders(copy)[-1].name == f"step_{stopped:08d}"
     assert Run(at(flags, copy), world).end()[0] == [0] * world and exact(copy, ref)

@@ -2,7 +2,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -158,27 +157,6 @@ def test_a_run_continues_exactly_from_any_step(tiny, sampling, tmp_path):
         go(tiny, *more, "--eval_every", step)  # looking more or less often changes nothing
         assert trajectory(reference) == expected and same(weights(reference), final)
         assert [e["event"] for e in events(reference)].count("run") == 1
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_same_command_continues(tiny, tmp_path, name):
-    flags = [*tiny, "--steps", "400"]
-    reference = go([*tiny[:-1], str(tmp_path / "reference")], "--steps", 400)
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    run = tmp_path / "run"
-    while process.poll() is None and (not (run / "log.jsonl").exists() or len(events_so_far(run)) < 20):
-        time.sleep(0.01)
-    process.send_signal(getattr(signal, name))
-    stderr = process.communicate()[1]
-    assert process.returncode == 75 and name in stderr
-    assert 10 < events(run)[-1]["step"] < 400
-    again = command(flags)
-    assert again.returncode == 0, again.stderr
-    assert trajectory(run) == trajectory(reference) and same(weights(run), weights(reference))
-
-
-def events_so_far(run):
-    return (run / "log.jsonl").read_text().splitlines()
 
 
 def test_a_finished_run_only_says_so(tiny, capsys):
