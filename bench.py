@@ -85,8 +85,7 @@ def make_batch(config, size):
 def our_step(config, size, dtype, compile=False):
     model, batch = transformer.BERT(config), make_batch(config, size)
     if compile:
-        for block in model.blocks:
-            block.compile()
+        train.compile_blocks(model)
     return trainer(model, lambda subnetwork: model(batch, subnetwork) / batch[2].numel(), dtype)
 
 

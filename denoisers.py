@@ -121,7 +121,7 @@ def corrupt(text, mask, n, mode, first_extra):
     """Rows (tokens (B, T), prefix (B,), targets (B, T)) from text (B, at least n) and a mask of spans.
 
     prefix: how many tokens are read in both directions. targets: the next token wherever the model has to write, else
-    NO_TARGET. mode (B,): index into MODES. first_extra: the id of the first mode token.
+    NO_TARGET. mode: index into MODES. first_extra: the id of the first mode token.
     """
     B, size = len(text), mask.shape[1]
     place = np.arange(size)
@@ -133,12 +133,11 @@ def corrupt(text, mask, n, mode, first_extra):
     prefix = 1 + kept.sum(1) + begins.sum(1)
     length = prefix + mask.sum(1) + begins.sum(1) + 1
     T = int(length.max()) - 1
-    row = np.full((B, T + 1), NO_TARGET)
+    row = np.full((B, T + 2), NO_TARGET)
     row[:, 0] = first_extra + mode
     at = np.arange(B)[:, None]
     # where each token of text, and each sentinel, goes: once in the prefix, once in the target; T + 1 is nowhere
-    row = np.concatenate([row, np.zeros((B, 1), row.dtype)], 1)
-    read = 1 + (kept | begins).cumsum(1) - 1
+    read = (kept | begins).cumsum(1)
     row[at, np.where(kept | begins, read, T + 1)] = np.where(kept, text, sentinel)
     written = prefix[:, None] + (mask.astype(int) + begins).cumsum(1) - 1
     row[at, np.where(mask, written, T + 1)] = text
@@ -159,7 +158,7 @@ def denoise(text, names, vocab, seq, generator):
         mask, n = span_mask(denoiser, len(own), seq, generator)
         offset = (generator.random(len(own)) * (text.shape[1] - n + 1)).astype(int)  # any part of the window may be left out
         shifted = np.take_along_axis(text[own], np.minimum(offset[:, None] + np.arange(mask.shape[1]), text.shape[1] - 1), 1)
-        tokens[own], prefix[own], targets[own] = corrupt(shifted, mask, n, np.full(len(own), denoiser.mode), vocab)
+        tokens[own], prefix[own], targets[own] = corrupt(shifted, mask, n, denoiser.mode, vocab)
     return tokens, prefix, targets
 
 

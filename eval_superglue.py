@@ -33,7 +33,7 @@ from data import rng
 from denoisers import MODES
 from sample import load_run
 from superglue import MAIN, TASKS
-from train import steady_memory
+from train import choose_machine, parameter_groups, steady_memory
 
 EPOCHS = {"CB": 10, "COPA": 10, "WSC": 10, "RTE": 5, "WiC": 5, "BoolQ": 4, "MultiRC": 2, "ReCoRD": 2}
 
@@ -236,7 +236,7 @@ class Answers:
         states = self.model.states(tokens, prefix)
         place = torch.arange(1, tokens.shape[1], device=device)
         written = (place >= prefix[:, None]) & (place < torch.tensor([[len(t)] for t, _ in rows], device=device))
-        logits = F.linear(states[:, :-1][written], self.model.head_weight(), self.model.bias + self.model.padding)
+        logits = self.model.predict(states[:, :-1][written])
         each = -F.cross_entropy(logits.float(), tokens[:, 1:][written], reduction="none")
         return torch.zeros(len(rows), device=device).index_add(0, written.nonzero()[:, 0], each)
 
@@ -294,10 +294,7 @@ def finetune(run, task, data, seed, args, autocast):
             module.dropout = args.dropout
     examples = learnable([answers.prepare(example) for example in train])
     lengths = [sum(len(row[0]) for row in example[0]) for example in examples]
-    decay = [p for p in answers.model.parameters() if p.ndim > 1]
-    rest = [p for p in answers.model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(answers.model, 0.01), args.lr, fused=True)
     epochs = args.epochs or EPOCHS[task]
     total, step, scores = epochs * math.ceil(len(examples) / args.batch), 0, []
     bar = tqdm(total=total, desc=f"{task}, seed {seed}", unit=" steps", leave=False, disable=None)
@@ -416,8 +413,8 @@ def evaluate(args, parser):
     name = Path(run).resolve().name + (f"-{args.shots}shot" if solve is few_shot else "")
     out = Path(args.out or f"out/superglue/{name}")
     steady_memory()
-    bf16 = args.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=bf16)
+    device, dtype = choose_machine(argparse.Namespace(device=args.device, dtype="auto"))
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
     results = {}
     for task in tasks:
         for seed in range(args.seeds):

@@ -265,16 +265,17 @@ class Stack(nn.Module):
             shared = shared._replace(mask=shared.mask[rows])
         return x.index_copy(0, rows, block(x[rows], scale, shared))
 
-    def head_weight(self):
-        return self.tokens.weight if self.untied is None else self.untied.weight
+    def predict(self, x):
+        """Logits (..., V padded) of states (..., C)."""
+        weight = self.tokens.weight if self.untied is None else self.untied.weight
+        return F.linear(x, weight, self.bias + self.padding)
 
     def cross_entropy(self, x, targets):
         """Summed cross-entropy, in nats, of states (N, C) that predict targets (N,); target -100 is no target. With
         `loss_chunk`, only so many logits (of V each) exist at a time, and are made again in the backward pass."""
 
         def part(x, targets):
-            logits = F.linear(x, self.head_weight(), self.bias + self.padding)
-            return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-100)
+            return F.cross_entropy(self.predict(x).float(), targets, reduction="sum", ignore_index=-100)
 
         size = self.config.loss_chunk
         if not size or len(x) <= size:
@@ -296,7 +297,7 @@ class BERT(Stack):
 
     def logits(self, tokens, masked, subnetwork=None):
         """Logits (B, M, V padded) at the masked positions."""
-        return F.linear(self.states(tokens, masked, subnetwork), self.head_weight(), self.bias + self.padding)
+        return self.predict(self.states(tokens, masked, subnetwork))
 
     def forward(self, batch, subnetwork=None):
         """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), masked (B, M), targets (B, M)."""
@@ -324,7 +325,7 @@ class UL2(Stack):
 
     def logits(self, tokens, prefix, subnetwork=None):
         """Logits (B, T, V padded) of the next token."""
-        return F.linear(self.states(tokens, prefix, subnetwork), self.head_weight(), self.bias + self.padding)
+        return self.predict(self.states(tokens, prefix, subnetwork))
 
     def forward(self, batch, subnetwork=None):
         """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T). The head
@@ -336,6 +337,14 @@ class UL2(Stack):
 
 def make(config, seed=0):
     return {"bert": BERT, "ul2": UL2}[config.arch](config, seed)
+
+
+def check_weights(model, tensors, where):
+    """ValueError unless the names and shapes of `tensors` are those of the model's own weights."""
+    own = dict(model.named_parameters())
+    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -349,6 +349,11 @@ def sample_of(files):
             return
 
 
+def facts_of(files):
+    """What tells one list of files from another: names, sizes, times."""
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
 def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=None, source=""):
     """Write tokenizer.model, token shards and meta.json into the folder `out`, which appears only when complete.
 
@@ -359,7 +364,7 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
     """
     out = Path(out)
     files = [] if callable(pieces) else [*pieces, *(val_pieces or [])]
-    facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    facts = facts_of(files)
     model = Path(tokenizer).read_bytes() if tokenizer and load_tokenizer(tokenizer) else b""
     key = json.dumps(
         [VERSION, vocab, val_fraction, len(pieces) if files else os.getpid(), facts, hashlib.sha256(model).hexdigest()]
@@ -414,7 +419,7 @@ def prepared(data="", vocab=4096, cache="corpus"):
     if data:
         files = text_files([data])
         name = re.sub(r"\W+", "-", Path(data).resolve().name).strip("-")
-        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        facts = facts_of(files)
         source = str(data)
     else:
         versions = [f"python{platform.python_version()}", f"torch{importlib.metadata.version('torch')}"]

@@ -47,9 +47,7 @@ def load_run(run, device="cpu"):
     model = transformer.make(config).to(device).eval()
     depth = 1 + max(int(name.split(".")[1]) for name in tensors["model"] if name.startswith("blocks."))
     model.blocks = model.blocks[:depth]
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    if wanted != {name: tensor.shape for name, tensor in tensors["model"].items()}:
-        raise ValueError(f"{folders[-1]}: its weights are not those of its flags")
+    transformer.check_weights(model, tensors["model"], folders[-1])
     model.load_state_dict(tensors["model"], strict=False)  # buffers are made, not saved
     return model, tokenizer, args
 
@@ -118,7 +116,7 @@ def generate(model, prefix, first, stop, banned, limit, subnetwork=None, **how):
     model.encode(torch.tensor([prefix]), subnetwork, past=past)  # a prefix is read in both directions: no mask
     while len(written) < limit and written[-1] not in stop:
         state = model.encode(torch.tensor([written[-1:]]), subnetwork, past=past)[0, -1]
-        logits = torch.nn.functional.linear(state, model.head_weight(), model.bias + model.padding)
+        logits = model.predict(state)
         logits[banned] = -torch.inf
         written.append(pick(logits, **how))
     return written

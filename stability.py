@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from compare import T_95, jumps
+from compare import interval, jumps
 from raptr import RaPTr, Stage, Subnetwork, whole
 
 KINDS = {
@@ -73,12 +73,6 @@ def slope(points):
     x, y = ([math.log(value) for value in values] for values in zip(*points))
     mean_x, mean_y = statistics.mean(x), statistics.mean(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
-
-
-def interval(values):
-    """Mean and half width of its 95% interval."""
-    t = T_95[min(len(values) - 2, len(T_95) - 1)]
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def initialisation(seeds, depths=DEPTHS):

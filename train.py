@@ -83,11 +83,16 @@ def steady_memory():
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def make_optimizer(model, args):
-    """AdamW over every parameter, with its state created now: a layer may be skipped for long, and still be saved."""
+def parameter_groups(model, weight_decay):
+    """All parameters; biases and norms, which are vectors, do not decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def make_optimizer(model, args):
+    """AdamW over every parameter, with its state created now: a layer may be skipped for long, and still be saved."""
+    groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
     for p in model.parameters():
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -102,9 +107,13 @@ def build(args, config, depth, ranks):
     if args.fsdp:
         ranks.shard(model)
     if args.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     return model, make_optimizer(model, args)
+
+
+def compile_blocks(model):
+    for block in model.blocks:
+        block.compile()
 
 
 def state(model, optimizer):
@@ -118,16 +127,9 @@ def state(model, optimizer):
 @torch.no_grad()
 def load_weights(model, tensors, where):
     """Copy named tensors into a model. ValueError unless names and shapes are the model's own."""
-    check_weights(model, tensors, where)
+    transformer.check_weights(model, tensors, where)
     for name, p in model.named_parameters():
         parallel.copy_into(p, tensors[name])
-
-
-def check_weights(model, tensors, where):
-    own = dict(model.named_parameters())
-    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise ValueError(f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more")
 
 
 @torch.no_grad()
@@ -146,7 +148,7 @@ def initial_weights(args, config, depth):
     with torch.device("meta"):
         model = transformer.make(config)
     model.blocks = model.blocks[:depth]
-    check_weights(model, tensors, f"--init {args.init}")
+    transformer.check_weights(model, tensors, f"--init {args.init}")
     return tensors
 
 
@@ -264,10 +266,9 @@ def main(args, dtype, ranks):
     torch.set_float32_matmul_precision("high")
     device, first = ranks.device, ranks.rank == 0  # only the first process writes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    if first:
-        data.open_corpus(args.data, args.vocab)
-    ranks.gather()  # the others wait for the text
-    tokens = data.open_corpus(args.data, args.vocab)
+    tokens = data.open_corpus(args.data, args.vocab) if first else None
+    ranks.gather()  # the others wait for the text to be there
+    tokens = tokens or data.open_corpus(args.data, args.vocab)
     corpus = denoisers.view(args, tokens)
     corpus.count("train", args.seq)
     fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")]

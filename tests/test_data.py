@@ -76,12 +76,17 @@ def test_half_a_character_is_replaced_too(tmp_path, text):
     assert Corpus(tmp_path / "out").meta["replaced_characters"] == 1
 
 
-def test_the_tokenizer_sample_is_not_the_held_out_text(text, monkeypatch):
-    monkeypatch.setattr(prepare, "SAMPLE", 4_000)
-    seen = []
-    trainer = prepare.sentencepiece.SentencePieceTrainer
+def sampled(text, size, monkeypatch):
+    """What the tokenizer would be trained on."""
+    seen, trainer = [], prepare.sentencepiece.SentencePieceTrainer
+    monkeypatch.setattr(prepare, "SAMPLE", size)
     monkeypatch.setattr(trainer, "train", lambda sentence_iterator, **_: seen.extend(sentence_iterator))
     assert prepare.train_tokenizer(((d, True) for d in text), 512) == b""  # as nothing was trained
+    return seen
+
+
+def test_the_tokenizer_sample_is_not_the_held_out_text(text, monkeypatch):
+    seen = sampled(text, 4_000, monkeypatch)
     assert len(seen) > 10 and sum(prepare.chance(d) < 0.05 for d in seen) < len(seen) / 3
 
 
@@ -101,11 +106,7 @@ def test_one_huge_line_needs_little_memory(tmp_path, text):
 
 
 def test_the_tokenizer_sees_a_bounded_sample(text, monkeypatch):
-    monkeypatch.setattr(prepare, "SAMPLE", 20_000)
-    seen = []
-    trainer = prepare.sentencepiece.SentencePieceTrainer
-    monkeypatch.setattr(trainer, "train", lambda sentence_iterator, **_: seen.extend(sentence_iterator))
-    assert prepare.train_tokenizer(((d, True) for d in text), 512) == b""  # as nothing was trained
+    seen = sampled(text, 20_000, monkeypatch)
     assert 5_000 < sum(map(len, seen)) <= 20_000 and set(seen) <= set(text)
 
 

@@ -8,6 +8,7 @@ import torch
 import eval_superglue
 import sample
 import superglue
+from model import BERT, Config
 from test_sample import runs  # noqa: F401
 from test_superglue import LINES, data, run  # noqa: F401
 
@@ -74,8 +75,8 @@ def test_what_is_too_long_is_cut():
         encode = staticmethod(lambda text: [len(word) for word in text.split()])
         bos_id, eos_id = staticmethod(lambda: 100), staticmethod(lambda: 101)
 
-    config = eval_superglue.load_run.__globals__["transformer"].Config(layers=1, width=8, heads=1, mlp=8, vocab=200, seq=12)
-    model = eval_superglue.Classifier(eval_superglue.load_run.__globals__["transformer"].BERT(config), Words, 2, 50, 0)
+    config = Config(layers=1, width=8, heads=1, mlp=8, vocab=200, seq=12)
+    model = eval_superglue.Classifier(BERT(config), Words, 2, 50, 0)
     tokens, types = model.row("a bb ccc dddd eeeee ffffff ggggggg", "a bb ccc")
     assert tokens == [100, 1, 2, 3, 4, 5, 6, 101, 1, 2, 3, 101] and types == [0] * 8 + [1] * 4
 

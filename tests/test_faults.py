@@ -23,6 +23,7 @@ import options
 import train
 from conftest import ROOT
 from processes import Run
+from raptr import Subnetwork
 from test_train import command, events, go, same, trajectory, weights
 
 METHODS = {
@@ -314,10 +315,9 @@ def astray(rank):
     def other(args):
         method = choose(args)
         own = method.subnetwork
-        method.subnetwork = lambda step: train.parallel.Subnetwork((0,)) if (rank, step) == (1, 6) else own(step)
+        method.subnetwork = lambda step: Subnetwork((0,)) if (rank, step) == (1, 6) else own(step)
         return method
 
-    train.parallel.Subnetwork = __import__("raptr").Subnetwork
     train.methods.choose = other
 
 
