@@ -11,12 +11,12 @@ GROWING = ["stacking", "progressive", "midas", "mslt", "jump"]
 NAMES = ["full", "raptr", "constant", "pld", "layerdrop", "decreasing", "ramp", *GROWING]
 
 # The flags each method reads; any other of these earns a warning.
-STAGED, DRAWN = {"stages", "alpha"}, {"fixed", "sampling", "scaling"}
+STAGED, DRAWN, NARROWED = {"stages", "alpha"}, {"fixed", "sampling", "scaling"}, {"part", "width_scaling"}
 GROWN = {"moments", "growth_warmup"}
 READS = {
     "full": set(),
-    "raptr": STAGED | DRAWN | {"full_warmup"},
-    "constant": DRAWN | {"mean_depth"},
+    "raptr": STAGED | DRAWN | NARROWED | {"full_warmup"},
+    "constant": DRAWN | NARROWED | {"mean_depth"},
     "pld": {"mean_depth", "theta_bar", "gamma"},
     "layerdrop": {"mean_depth", "drop_rate"},
     "decreasing": STAGED | {"full_warmup", "mean_depth", "p_max", "drop_time", "drop_depth", "drop_gate", "drop_scale"},
@@ -29,7 +29,8 @@ READS = {
 def reads(args):
     """The flags that the chosen method reads."""
     other = STAGED | {"full_warmup"} if args.drop_time == "line" else {"mean_depth", "p_max"}
-    return READS[args.method] - (other if args.method == "decreasing" else set())
+    idle = {"depth": {"width_scaling"}, "width": DRAWN, "both": set()}[args.part]
+    return READS[args.method] - (other if args.method == "decreasing" else idle)
 
 
 # --stages auto, in parts of all layers: for 12 layers RaPTr's 6-8-10-12 and stacking's 6-9-12 (3/4 of the cost),
@@ -41,9 +42,12 @@ def stages(args):
     if args.stages == "auto":
         return [round(part * args.layers) for part in AUTO.get(args.method, (1 / 2, 2 / 3, 5 / 6, 1))]
     try:
-        return [float(k) for k in args.stages.split("-")]
+        lengths = [float(k) for k in args.stages.split("-")]
     except ValueError:
         raise ValueError(f"--stages {args.stages}: give layers per stage like 6-8-10-12") from None
+    if "part" in READS[args.method] and args.part != "depth" and lengths[-1] in (1, args.heads):
+        lengths = [k / lengths[-1] * args.layers for k in lengths]  # parts of the width, or heads: as many layers' cost
+    return lengths
 
 
 def fixed_layers(args):
@@ -52,6 +56,11 @@ def fixed_layers(args):
         return {words[w] if w in words else int(w) for w in args.fixed.split(",") if w != "none"}
     except ValueError:
         raise ValueError(f"--fixed {args.fixed}: name layers by number, first, last, or none, with commas") from None
+
+
+def random_part(args, plan):
+    more = {"part": args.part, "slices": args.heads, "gain": args.width_scaling}
+    return RaPTr(plan, args.layers, fixed_layers(args), args.sampling, args.scaling, args.seed, **more)
 
 
 def choose(args):
@@ -65,7 +74,7 @@ def choose(args):
     if kind == "ramp":
         return layerdrop.Ramp(L, T, args.ramp_share)
     if kind == "constant":
-        return RaPTr([Stage(1, T, K or 0.75 * L)], L, fixed_layers(args), args.sampling, args.scaling, args.seed)
+        return random_part(args, [Stage(1, T, K or 0.75 * L)])
     if kind == "pld":
         theta_bar = layerdrop.theta_bar_for(K, L, layerdrop.mean_settling(T, args.gamma)) if K else args.theta_bar
         if theta_bar < 0:
@@ -92,4 +101,4 @@ def choose(args):
         return layerdrop.decreasing(L, T, p_max, args.drop_depth, plan, **more)
     if kind in SOURCES:
         return Stacking(SOURCES[kind], plan, L, only_new=kind == "mslt")
-    return RaPTr(plan, L, fixed_layers(args), args.sampling, args.scaling, args.seed)
+    return random_part(args, plan)

@@ -67,6 +67,7 @@ class Shared(NamedTuple):
     rotation: tuple | None = None  # cosines and sines, each (T, C/H)
     mask: object = None  # who may see whom: bool or additive (B or 1, H or 1, T, T), or flex attention's BlockMask
     past: dict | None = None  # keys and values of earlier tokens, of one block; this call adds its own
+    gain: object = None  # of a layer cut in width: multiplies what its heads and hidden neurons hand on
 
 
 def rotary(seq, dim, device=None, base=10_000.0):
@@ -120,20 +121,21 @@ def flex(q, k, v, block_mask):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.head_width, self.dropout = config.width // config.heads, config.dropout
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x, shared):
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        B, T, _ = x.shape
+        heads = len(self.qkv.weight) // (3 * self.head_width)  # that are there: fewer in a layer cut in width
+        q, k, v = self.qkv(x).view(B, T, 3, heads, self.head_width).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
         if shared.rotation is not None:
             q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         if shared.past is not None:
             k, v = (torch.cat([shared.past[name], new], 2) if shared.past else new for name, new in (("k", k), ("v", v)))
             shared.past.update(k=k, v=v)
-        y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0)
-        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
+        return F.dropout(self.out(y if shared.gain is None else y * shared.gain), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -143,10 +145,11 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, (2 if config.gated else 1) * config.mlp)
         self.down = nn.Linear(config.mlp, config.width)
 
-    def forward(self, x):
+    def forward(self, x, shared):
         x = self.up(x)
         gate, x = x.chunk(2, dim=-1) if self.gated else (x, 1.0)
-        return F.dropout(self.down(F.gelu(gate) * x), self.dropout, self.training)
+        y = F.gelu(gate) * x
+        return F.dropout(self.down(y if shared.gain is None else y * shared.gain), self.dropout, self.training)
 
 
 def make_norm(config):
@@ -165,7 +168,7 @@ class Block(nn.Module):
 
     def forward(self, x, scale, shared):
         h = x + self.attention(self.norm1(x), shared)
-        y = h + self.mlp(self.norm2(h))
+        y = h + self.mlp(self.norm2(h), shared)
         return y if scale is None else torch.lerp(x, y, scale)
 
 
@@ -174,7 +177,7 @@ class PostBlock(Block):
 
     def forward(self, x, scale, shared):
         h = self.norm1(x + self.attention(x, shared))
-        y = self.norm2(h + self.mlp(h))
+        y = self.norm2(h + self.mlp(h, shared))
         return y if scale is None else torch.lerp(x, y, scale)
 
 
@@ -250,8 +253,11 @@ class Stack(nn.Module):
         scales = [None] * len(kept)
         if subnetwork.scale is not None:
             scales = torch.tensor(subnetwork.scale, device=x.device).unbind()  # tensors: a float would recompile
+        width = subnetwork.width  # its blocks have been cut to it (width.py)
+        gain = None if width is None or width.scale is None else torch.tensor(width.scale, device=x.device)
         for i, layer in enumerate(kept):  # a layer not named here is bypassed: its input is its output
-            shared = Shared(rotation, mask, None if past is None else past.setdefault(layer, {}))
+            seen = mask if width is None or self.relative is None else mask[:, width.heads[i]]
+            shared = Shared(rotation, seen, None if past is None else past.setdefault(layer, {}), gain)
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= frozen):
                 x = self.run(self.blocks[layer], x, scales[i], shared, rows[i])
         return self.final_norm(x)

@@ -71,7 +71,7 @@ def flags():
 
     group = parser.add_argument_group("method: which part trains at a step")
     flag("method", str, "raptr", "who decides", choices=methods.NAMES)
-    flag("stages", str, "auto", "layers per stage, like 6-8-10-12; auto: the published plan of each method")
+    flag("stages", str, "auto", "layers per stage, like 6-8-10-12 (of width: heads, or parts of 1); auto: as each method's paper")
     exponent = number(float, "a number from -20 to 20", lambda x: abs(x) <= 20)
     flag("alpha", exponent, 0.0, "stage s lasts a share s^alpha: 0 equal, 1 proportional")
     flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
@@ -80,9 +80,13 @@ def flags():
          "its weights follow them", choices=["none", "zero"])  # fmt: skip
 
     group = parser.add_argument_group("raptr, constant")
+    flag("part", str, "depth", "what a step leaves out: layers; heads and hidden neurons of every layer; half of each",
+         choices=["depth", "width", "both"])  # fmt: skip
     flag("fixed", str, "first,last", "layers always kept: numbers from 0, first, last, or none")
     flag("sampling", str, "exact", "layers in a step: exactly k, or k on average", choices=["exact", "bernoulli"])
     flag("scaling", str, "none", "of the kept layers' updates", choices=["none", "gap", "uniform", "inverse"])
+    flag("width_scaling", str, "uniform", "of what kept heads and neurons hand on: sqrt(N / n), N / n, or none",
+         choices=["none", "uniform", "inverse"])  # fmt: skip
 
     group = parser.add_argument_group("pld, layerdrop, decreasing, ramp (where --mean_depth is not given)")
     flag("theta_bar", share, 0.5, "pld: keep probability that theta(t) falls to")
@@ -210,6 +214,10 @@ def parse(argv):
             raise ValueError(f"--width {args.width} must be a multiple of --heads {args.heads}")
         if args.positions == "rotary" and args.width // args.heads % 2:
             raise ValueError(f"--positions rotary needs an even width per head, not {args.width} / {args.heads}")
+        if args.part != "depth" and args.mlp % args.heads:
+            raise ValueError(f"--part {args.part}: --mlp {args.mlp} must be a multiple of --heads {args.heads}")
+        if args.part != "depth" and args.fsdp:
+            raise ValueError(f"--part {args.part} does not work with --fsdp, which shards the rows that it would cut")
         if args.batch % (world * args.micro_batch):
             times = f"{world} processes times " if world > 1 else ""
             raise ValueError(f"--batch {args.batch} must be a multiple of {times}--micro_batch {args.micro_batch}")

@@ -2,10 +2,13 @@
 
 The whole method, without a tensor in it. At every step a random subset of the layers, a *path*, is trained and
 the others are bypassed; training runs in stages whose paths grow, and the last stage trains the full model.
-Not here: the model that runs a path (model.py) and the loop that asks for one per step (train.py).
+In width the same: a random subset of every layer's attention heads and hidden neurons.
+Not here: the model that runs a path (model.py), how its width is cut (width.py), the loop that asks for one per step
+(train.py).
 
     python raptr.py                          draw the default plan, a few of its paths, and what they cost
     python raptr.py --stages 3-6-9-12 --alpha 1 --layers 12
+    python raptr.py --part both --heads 8
 
 Source: "Efficient Stagewise Pretraining via Progressive Subnetworks" (Panigrahi et al., arXiv 2402.05913).
 The authors released no code. What their text leaves open is a flag here, and README.md lists our defaults.
@@ -15,8 +18,27 @@ Legend: L layers, k kept layers, I the layers always kept, T steps, S stages. La
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Width:
+    """The part of their width that the kept layers train. A layer is cut into as many slices as it has heads: a slice is one
+    head, or the share of one in the MLP's hidden neurons (of 4 heads and 512 neurons, 128 that stand side by side).
+
+    heads, neurons: for each kept layer the slices kept, rising; all layers keep as many of the one as of the other.
+    scale: multiplies what kept heads and neurons hand on; None means 1.
+    """
+
+    slices: int
+    heads: tuple[tuple[int, ...], ...]
+    neurons: tuple[tuple[int, ...], ...]
+    scale: float | None = None
+
+    @property
+    def share(self):
+        return len(self.heads[0]) / self.slices if self.heads else 0.0
 
 
 @dataclass(frozen=True)
@@ -28,25 +50,27 @@ class Subnetwork:
     rows: for each kept layer the sequences of the batch it runs on; None means all of them.
     frozen: how many of the kept layers, from the bottom, run without being trained nor the look-up below
         them; the token embedding still learns as the head's matrix, to which it is tied.
+    width: the part of the kept layers' width; None means all of it.
     """
 
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
     rows: tuple[tuple[int, ...], ...] | None = None
     frozen: int = 0
+    width: Width | None = None
 
     def cost(self, batch):
         """FLOPs of the layers, in units of one trained layer on a batch of `batch` sequences. A frozen layer has no
         backward pass, which is two thirds of the work."""
         ran = len(self.layers) if self.rows is None else sum(map(len, self.rows)) / batch
-        return ran - 2 / 3 * self.frozen
+        return (ran - 2 / 3 * self.frozen) * (1 if self.width is None else self.width.share)
 
     def micro_batch(self, start, stop):
         """The same subnetwork for sequences start .. stop - 1 of the batch."""
         if self.rows is None:
             return self
         rows = tuple(tuple(row - start for row in kept if start <= row < stop) for kept in self.rows)
-        return Subnetwork(self.layers, self.scale, rows, self.frozen)
+        return replace(self, rows=rows)
 
 
 def whole(layers):
@@ -179,30 +203,64 @@ def path_scale(kept, k, layers, fixed, scaling):
     return tuple(1.0 if layer in fixed else 1 / p for layer in kept)
 
 
+def draw_width(rng, share, slices, layers, scaling):
+    """A share of the heads and of the hidden neurons of each of `layers` layers, every head and every group of neurons with
+    equal probability; of all layers equally many: slices * share, or one of the two whole numbers next to it, that on
+    average. None if that is all of them. The paper says of width only that it can be done: all of this is our reading.
+
+    scaling: of what they hand on, if n of N are kept. uniform: sqrt(N / n), so that the size of a sum of independent parts
+    is kept; inverse: N / n, as in dropout, so that its mean is; none.
+    """
+    exact = round(slices * share, 9)
+    count = math.floor(exact) + (rng.random() < exact - math.floor(exact))
+    if count == slices:
+        return None
+    heads, neurons = (tuple(tuple(sorted(rng.sample(range(slices), count))) for _ in range(layers)) for _ in range(2))
+    scale = {"none": None, "uniform": math.sqrt(slices / count), "inverse": slices / count}[scaling]
+    return Width(slices, heads, neurons, scale)
+
+
 class RaPTr(Staged):
     """subnetwork(step) for a stage plan: a pure function of (seed, step), so any rank can ask for any step.
 
     fixed: the layers that are always kept, I. The paper's experiments keep the first and the last.
+    part: what a stage of k of L layers takes away. depth: layers. width: heads and neurons; all layers run, and a share
+        k / L of each. both: layers and width by sqrt(k / L) each. It costs the same, k layers, in all three.
+    slices, gain: of the width, the number of heads, and `scaling` of draw_width.
     """
 
-    def __init__(self, plan, layers, fixed, sampling="exact", scaling="none", seed=0):
+    def __init__(self, plan, layers, fixed, sampling="exact", scaling="none", seed=0, part="depth", slices=1, gain="none"):
         shortest = min(stage.length for stage in plan)
         if any(not 0 <= layer < layers for layer in fixed):
             raise ValueError(f"--fixed {sorted(fixed)}: layers are numbered 0 .. {layers - 1} (--layers)")
-        if shortest < len(fixed):
-            raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(fixed)} always kept (--fixed)")
         super().__init__(plan, layers)
+        self.depth_power, self.width_power = {"depth": (1, 0), "width": (0, 1), "both": (0.5, 0.5)}[part]
+        if part != "width" and self.path_length(shortest) < len(fixed):
+            raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(fixed)} always kept (--fixed)")
+        if slices * (shortest / layers) ** self.width_power < 1:
+            raise ValueError(f"a stage keeps less than one of {slices} heads (--heads, --stages)")
         self.fixed, self.sampling, self.scaling, self.seed = frozenset(fixed), sampling, scaling, seed
+        self.slices, self.gain = slices, gain
+
+    def path_length(self, k):
+        """Mean number of layers that run in a stage that costs as much as k."""
+        return k if self.depth_power == 1 else self.layers * (k / self.layers) ** self.depth_power
 
     def subnetwork(self, step):
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
 
     def path(self, k, name):
-        """The path of (mean) length k that belongs to a name. A string seed is hashed the same way on every machine."""
+        """The subnetwork of (mean) cost k that belongs to a name. A string seed is hashed the same way on every machine."""
         if k == self.layers:
             return None
-        kept = draw_layers(random.Random(name), k, self.layers, self.fixed, self.sampling)
-        return Subnetwork(kept, path_scale(kept, k, self.layers, self.fixed, self.scaling))
+        rng, length, kept, scale, width = random.Random(name), self.path_length(k), tuple(range(self.layers)), None, None
+        if self.depth_power:
+            kept = draw_layers(rng, length, self.layers, self.fixed, self.sampling)
+            scale = path_scale(kept, length, self.layers, self.fixed, self.scaling)
+        if self.width_power:
+            share = (k / self.layers) ** self.width_power
+            width = draw_width(rng, share, self.slices, len(kept), self.gain)
+        return Subnetwork(kept, scale, width=width)
 
     def examples(self, count=4):
         """A few paths of every stage's length, the same for every seed."""
@@ -236,20 +294,24 @@ def demo():
     parser.add_argument("--full_warmup", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", choices=["depth", "width", "both"], default="depth")
+    parser.add_argument("--heads", type=int, default=4)
     args = parser.parse_args()
     try:
         lengths = [float(k) for k in args.stages.split("-")]
         plan = stage_plan(lengths, args.steps, args.layers, args.alpha, args.full_warmup)
-        method = RaPTr(plan, args.layers, {0, args.layers - 1}, seed=args.seed)
+        method = RaPTr(plan, args.layers, {0, args.layers - 1}, seed=args.seed, part=args.part, slices=args.heads)
     except (ValueError, OverflowError) as error:
         parser.exit(2, f"raptr.py: {error}\n")
-    print(f"\n  RaPTr {args.stages}: which of {args.layers} layers train (filled) at a step\n")
+    also = "" if args.part == "depth" else "; of the first of them, and of the second, which heads"
+    print(f"\n  RaPTr {args.stages}: which of {args.layers} layers train (filled) at a step{also}\n")
     for number, stage in enumerate(plan):
         print(f"  stage {number}: steps {stage.start} to {stage.end}, {stage.length:g} layers a step")
         for step in range(stage.start, min(stage.start + 4, stage.end + 1)):
-            subnetwork = method.subnetwork(step)
-            kept = range(args.layers) if subnetwork is None else subnetwork.layers
-            print(f"    step {step:4d}  {draw(kept, args.layers)}")
+            subnetwork = method.subnetwork(step) or whole(args.layers)
+            heads = subnetwork.width.heads if subnetwork.width else [range(args.heads)] * 2
+            shown = "" if args.part == "depth" else "".join(f"   {draw(kept, args.heads)}" for kept in heads[:2])
+            print(f"    step {step:4d}  {draw(subnetwork.layers, args.layers)}{shown}")
     mean = mean_layers(method, args.steps)
     relative = args.layers / mean
     print(f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {relative:.3f} times as many layer FLOPs")

@@ -34,6 +34,7 @@ import model as transformer  # noqa: E402
 import parallel  # noqa: E402
 import report  # noqa: E402
 import stacking  # noqa: E402
+import width  # noqa: E402
 from raptr import mean_layers  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -199,12 +200,13 @@ def evaluate(model, batch, subnetworks, size, autocast, ranks):
     model.eval()
     for i, subnetwork in enumerate(subnetworks):
         parts = list(zip(*(tensor[i :: len(subnetworks)].split(size) for tensor in batch)))
-        own = [0.0] * len(parts)
+        own, taken = [0.0] * len(parts), width.cut(model, subnetwork)
         for turn in range(ranks.rank, -(-len(parts) // ranks.size) * ranks.size, ranks.size):
             with autocast:
                 loss = float(model(parts[turn % len(parts)], subnetwork))
             if turn < len(parts):
                 own[turn] = loss
+        width.put(model, taken)
         losses += own
     model.train()
     parallel.reshard(model)
@@ -382,12 +384,14 @@ def main(args, dtype, ranks):
         dropout_seed = int(data.rng(args.seed, "dropout", step).integers(1 << 62))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, method.since_growth(step))
+        taken = width.cut(model, subnetwork, optimizer)
         own, gradients = loss_and_gradients(model, batch, subnetwork, args.micro_batch, dropout_seed, autocast, ranks)
         trained = [p for p, g in zip(model.parameters(), gradients) if g is not None]
         for p, g in zip(trained, ranks.reduce([g for g in gradients if g is not None])):
             p.grad = g
         sent = sum(p.numel() * p.element_size() for p in trained) if ranks.size > 1 else 0
         if args.skipped_grad == "zero":
+            width.put(model, taken)
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)))
@@ -402,14 +406,16 @@ def main(args, dtype, ranks):
                           "nothing was updated or saved")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        width.put(model, taken)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
         took = time.perf_counter() - began
         cost = len(kept) if subnetwork is None else subnetwork.cost(args.batch)
         flops, seconds = flops + round(price(head_positions(args, batch), cost)), seconds + took
+        part = {"layers": kept, "width": subnetwork.width.share} if subnetwork and subnetwork.width else {"layers": kept}
         record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
-               layers=kept, tokens=step * args.batch * args.seq, flops=flops, seconds=took, bytes_reduced=sent)  # fmt: skip
+               **part, tokens=step * args.batch * args.seq, flops=flops, seconds=took, bytes_reduced=sent)  # fmt: skip
         speed = args.batch * args.seq / took
         bar.set_postfix_str(f"loss {loss:.3f}, stage {method.stage(step)}, {len(kept)} layers, {speed:,.0f} tokens/s")
         bar.update()

@@ -290,6 +290,16 @@ def test_world_sizes_and_engines_continue_each_other(flags, tmp_path):
     assert exact(two, ref) and close(mixed, ref)
 
 
+def test_width_goes_on_with_any_number_of_processes(flags, tmp_path):
+    flags = [*flags, "--part", "both", "--steps", "20"]
+    ref, copy = go(flags), tmp_path / "copy"
+    for world, stop in ((2, 6), (1, 12), (2, None)):
+        run = Run(at(flags, copy), world)
+        codes, errors = (run.reach(stop).send("SIGTERM") if stop else run).end()
+        assert codes == [75 if stop else 0] * world, errors
+    assert exact(copy, ref) and len({e["bytes_reduced"] for e in events(copy, "step")}) > 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_fsdp_trains_as_data_parallel_does(flags, method, tmp_path):
     flags = [*flags, *METHODS[method]]
