@@ -10,7 +10,8 @@ same batches and are evaluated on the same held-out tokens, so differences betwe
 
     full            all layers, all steps                     shallow         fewer layers from start to end, all steps
     full_flops      all layers, fewer steps, own schedule     shallow_flops   those layers, more steps: the FLOPs of full
-    ramp            costs what full costs; all others         any name of --method at the budget
+    ramp            costs what full costs                     raptr_width     raptr, --part width; raptr_both: --part both
+                    all others: any name of --method at the budget
 
 A second start skips what is finished and continues what was cut off. Runs go to out/compare/, results to results/NAME/.
 """
@@ -32,7 +33,8 @@ import train
 from raptr import whole
 from report import read_log
 
-ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], "shallow", "shallow_flops"]
+PARTS = {"raptr_width": "width", "raptr_both": "both"}
+ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], *PARTS, "shallow", "shallow_flops"]
 TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never reported
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -81,10 +83,11 @@ def schedule(arm, base, budget):
         return ["--method=full", f"--layers={K}"] + [f"--steps={round(T * L / K)}"] * (arm == "shallow_flops")
     if arm == "ramp":
         return ["--method=ramp"]
-    own = having(base, method=arm)
+    method = ["--method=raptr", f"--part={PARTS[arm]}"] if arm in PARTS else [f"--method={arm}"]
+    own = having(base, method=method[0].removeprefix("--method="), part=PARTS.get(arm, base.part))
     if "mean_depth" in methods.reads(own):
         methods.choose(having(own, mean_depth=K))  # ValueError if it cannot
-        return [f"--method={arm}", f"--mean_depth={K:g}"]
+        return [*method, f"--mean_depth={K:g}"]
     found, reason = [], None
     plans = [methods.stages(having(own, stages="auto"))]
     plans += [[round(L * s / 4) for s in (1, 2, 3, 4)] + [L] * (arm == "mslt")] * (arm != "progressive")
@@ -93,7 +96,7 @@ def schedule(arm, base, budget):
         try:
             alpha = solve_alpha(having(own, stages=stages), K)
             methods.choose(having(own, stages=stages, alpha=alpha))  # has it steps enough?
-            found.append([f"--method={arm}", f"--stages={stages}", f"--alpha={alpha:g}"])
+            found.append([*method, f"--stages={stages}", f"--alpha={alpha:g}"])
             if alpha >= 0:
                 break
         except ValueError as error:
@@ -156,7 +159,11 @@ def final_loss(folder):
 def summary(folder, arm, seed):
     """One run as one object, everything but its single steps: what results/ keeps."""
     events = read_log(folder)
-    seconds = math.fsum(e["seconds"] for e in events if e["event"] == "step")
+    times = {}
+    for e in events:
+        if e["event"] == "step":
+            times.setdefault((len(e["layers"]), e.get("width", 1)), []).append(e["seconds"])
+    seconds = math.fsum(len(took) * statistics.median(took) for took in times.values())  # moments of a busy machine apart
     return {"arm": arm, "seed": seed, "seconds": seconds, "events": [e for e in events if e["event"] != "step"]}
 
 
@@ -223,13 +230,13 @@ def jumps(runs):
                 found.setdefault((run["arm"], f"{e['depth_before']} to {e['depth']} layers"), []).append(
                     (e["loss_before"], e["loss_after"])
                 )
-        if run["arm"] == "raptr":
+        if run["arm"] in ("raptr", *PARTS):
             flags = argparse.Namespace(**event(run, "run")["flags"])
             plan = methods.choose(flags).plan
             for a, b in zip(plan, plan[1:]):
                 at = next(e for e in run["events"] if e["event"] == "eval" and e["step"] == a.end)
                 before, after = (at["subnetworks"].get(f"{stage.length:g}", at["loss"]) for stage in (a, b))
-                found.setdefault(("raptr", f"{a.length:g} to {b.length:g} layers"), []).append((before, after))
+                found.setdefault((run["arm"], f"{a.length:g} to {b.length:g} layers"), []).append((before, after))
     return [(arm, change, *map(statistics.mean, zip(*pairs)), len(pairs)) for (arm, change), pairs in found.items()]
 
 
@@ -255,8 +262,11 @@ def markdown(title, table, changes, runs, jobs):
         result = f"{row['loss']:.4f}" + (f" ± {row['std']:.4f}" if row["std"] is not None else "") + f" ({row['n']})"
         cells = [row["arm"], row["schedule"], *ratios, result, number(row["minus_full"]), number(row["minus_full_flops"])]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "FLOPs and time are factors: how many times as much full training takes. Held-out loss: mean ± standard"]
-    lines += ["deviation over seeds (number of seeds).", ""]
+    lines += [
+        "",
+        "FLOPs and time are factors: how many times as much full training takes; time is the sum of the median times of",
+    ]
+    lines += ["steps that run equally many layers. Held-out loss: mean ± standard deviation over seeds (number of seeds).", ""]
     if changes:
         lines += [
             "## Loss just before and after each change",
@@ -301,11 +311,13 @@ def spread(axes, points):
 
 def strip(flags, columns=160):
     """Which layers run when: one row per layer, one column per sampled step. 1 is a trained layer; less is one that runs on
-    some of the sequences, or with a smaller scale, or (0.4) without being trained."""
+    some of the sequences, with a part of its width, with a smaller scale, or (0.4) without being trained."""
     method, cells = methods.choose(argparse.Namespace(**flags)), []
     for step in sorted({1 + i * flags["steps"] // columns for i in range(columns)}):
         path = method.subnetwork(step) or whole(method.depth(step))
-        shares = [1.0] * len(path.layers) if path.rows is None else [len(rows) / flags["batch"] for rows in path.rows]
+        shares = [path.width.share if path.width else 1.0] * len(path.layers)
+        if path.rows is not None:
+            shares = [len(rows) / flags["batch"] for rows in path.rows]
         scales = path.scale if path.scale and flags["method"] == "ramp" else shares
         column = [0.0] * flags["layers"]
         for i, layer in enumerate(path.layers):

@@ -47,10 +47,11 @@ def draw_run(run):
     top.set(ylabel="loss (nats)", title=f"{run.name}: held-out loss {evals[-1]['loss']:.3f}")
     top.legend(frameon=False, fontsize=8)
     columns = [steps[i * len(steps) // 160] for i in range(160)] if len(steps) > 160 else steps
-    cells = [[layer in e["layers"] for e in columns] for layer in range(L)]
+    cells = [[e.get("width", 1) * (layer in e["layers"]) for e in columns] for layer in range(L)]
     strip.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest",
                  extent=(steps[0]["step"] - 1, steps[-1]["step"], -0.5, L - 0.5))  # fmt: skip
-    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title="layers that ran (a sample of the steps)")
+    part = "; lighter: in part of their width" if any("width" in e for e in steps) else ""
+    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title=f"layers that ran (a sample of the steps{part})")
     strip.title.set_fontsize(9)
     for axes in (top, strip):
         axes.spines[["top", "right"]].set_visible(False)
