@@ -28,13 +28,13 @@ def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
 @pytest.mark.parametrize("arm", [arm for arm in compare.ARMS if arm not in ("full", "ramp", "shallow_flops")])
 def test_every_schedule_costs_its_budget(arm, budget):
     """Priced by counting the layers of every step, not by the formula the schedule came from."""
-    full = base("--steps", "3000")
+    full = base("--steps", "3000", "--heads", "4")
     try:
         flags = compare.schedule(arm, full, budget)
     except ValueError:
         assert (arm, budget) in {("pld", 3.0), ("decreasing", 2.0), ("decreasing", 3.0)}
         return
-    args = options.parse(["--steps=3000", *flags])
+    args = options.parse(["--steps=3000", "--heads=4", *flags])
     method = train.methods.choose(args)
     cost = 0.0
     for step in range(1, args.steps + 1):
