@@ -11,6 +11,7 @@ same batches and are evaluated on the same held-out tokens, so differences betwe
     full            all layers, all steps                     shallow         fewer layers from start to end, all steps
     full_flops      all layers, fewer steps, own schedule     shallow_flops   those layers, more steps: the FLOPs of full
     ramp            costs what full costs                     raptr_width     raptr, --part width; raptr_both: --part both
+    fusion          two networks of half the width, each trained as long as their fusion afterwards (deep_fusion.py)
                     all others: any name of --method at the budget
 
 A second start skips what is finished and continues what was cut off. Runs go to out/compare/, results to results/NAME/.
@@ -27,6 +28,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import deep_fusion
 import methods
 import options
 import train
@@ -34,7 +36,8 @@ from raptr import whole
 from report import read_log
 
 PARTS = {"raptr_width": "width", "raptr_both": "both"}
-ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], *PARTS, "shallow", "shallow_flops"]
+ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], *PARTS, "fusion", "shallow", "shallow_flops"]
+PARENTS = "--init=PARENTS"  # in the flags of a run: of the fusion of two others, which are trained before it
 TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never reported
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -83,6 +86,9 @@ def schedule(arm, base, budget):
         return ["--method=full", f"--layers={K}"] + [f"--steps={round(T * L / K)}"] * (arm == "shallow_flops")
     if arm == "ramp":
         return ["--method=ramp"]
+    if arm == "fusion":
+        share = layer_flops(vars(base) | half(base)) / layer_flops(vars(base))
+        return ["--method=full", f"--steps={round(T * K / L / (1 + 2 * share))}", PARENTS]
     method = ["--method=raptr", f"--part={PARTS[arm]}"] if arm in PARTS else [f"--method={arm}"]
     own = having(base, method=method[0].removeprefix("--method="), part=PARTS.get(arm, base.part))
     if "mean_depth" in methods.reads(own):
@@ -106,6 +112,19 @@ def schedule(arm, base, budget):
     return found[-1]
 
 
+def half(args):
+    """What is other in a network of half the width: its initial weights are larger by sqrt(2), as 1/sqrt(width) would be."""
+    if any(getattr(args, name) % 2 for name in deep_fusion.ADDED):
+        raise ValueError(f"a width of {args.width}, {args.heads} heads and {args.mlp} neurons cannot be halved")
+    return {name: getattr(args, name) // 2 for name in deep_fusion.ADDED} | {"init_std": round(args.init_std * 2**0.5, 6)}
+
+
+def layer_flops(flags):
+    """FLOPs of the layers, all of them, of one training step on one sequence."""
+    config = train.transformer.Config.of(argparse.Namespace(**flags), flags["vocab"])
+    return train.transformer.flops(config, 1, 0, config.layers) - train.transformer.flops(config, 1, 0, 0)
+
+
 def shown(flags):
     """A schedule as a person reads it: the flags without the method's name."""
     return " ".join(flag.removeprefix("--").replace("=", " ") for flag in flags if not flag.startswith("--method")) or "-"
@@ -118,6 +137,7 @@ def shown(flags):
 def run_all(jobs, text, devices, count, may_fail=False):
     """Run [(folder, flags), ...], `count` at a time, one GPU each where there are some; what is finished returns at once.
     text: fingerprint of the corpus. may_fail: a run whose loss was not finite (exit code 3) is not an error."""
+    jobs = with_parents(jobs, text, devices, count)
     free = queue.Queue()
     for slot in range(count):
         free.put(devices[slot % len(devices)] if devices else None)
@@ -139,6 +159,25 @@ def run_all(jobs, text, devices, count, may_fail=False):
         list(pool.map(one, jobs))
 
 
+def with_parents(jobs, text, devices, count):
+    """The same jobs, where PARENTS stands for the fusion of two runs; they are trained and fused now, unless they have been."""
+    before, made = [], {}
+    for folder, flags in jobs:
+        if PARENTS in flags:
+            own = [flag for flag in flags if flag != PARENTS]
+            args = options.parse([*own, f"--out={folder}"])
+            narrow = [f"--{name}={value}" for name, value in half(args).items()]
+            places = [folder.with_name(f"{folder.name}-parent{i}") for i in (1, 2)]
+            before += [(place, [*own, *narrow, f"--seed={args.seed + 100 * i}"]) for i, place in enumerate(places, 1)]
+            made[folder] = (places, folder.with_name(f"{folder.name}-fused"))
+    if before:
+        run_all(before, text, devices, count)
+    for parents, fused in made.values():
+        if not fused.exists():
+            deep_fusion.main([*map(str, parents), f"--out={fused}"])
+    return [(folder, [f"--init={made[folder][1]}" if flag == PARENTS else flag for flag in flags]) for folder, flags in jobs]
+
+
 def finished(folder, flags, text):
     """Whether a run is done. ValueError if it was another run: a table must not mix settings or texts."""
     if not (folder / "log.jsonl").exists():
@@ -157,14 +196,21 @@ def final_loss(folder):
 
 
 def summary(folder, arm, seed):
-    """One run as one object, everything but its single steps: what results/ keeps."""
-    events = read_log(folder)
-    times = {}
+    """One run as one object, everything but its single steps: what results/ keeps. Of a fusion, `before` is what its parents
+    took: FLOPs, layer FLOPs in layers of the fused network, seconds."""
+    events, times = read_log(folder), {}
     for e in events:
         if e["event"] == "step":
             times.setdefault((len(e["layers"]), e.get("width", 1)), []).append(e["seconds"])
     seconds = math.fsum(len(took) * statistics.median(took) for took in times.values())  # moments of a busy machine apart
-    return {"arm": arm, "seed": seed, "seconds": seconds, "events": [e for e in events if e["event"] != "step"]}
+    made = {"arm": arm, "seed": seed, "seconds": seconds, "events": [e for e in events if e["event"] != "step"]}
+    if arm == "fusion":
+        parents = [summary(folder.with_name(f"{folder.name}-parent{i}"), "parent", seed) for i in (1, 2)]
+        narrow, wide = (event(run, "run")["flags"] for run in (parents[0], made))
+        layers = sum(event(run, "done")["step"] for run in parents) * wide["layers"] * layer_flops(narrow) / layer_flops(wide)
+        flops = sum(event(run, "done")["flops"] for run in parents)
+        made["before"] = {"flops": flops, "layers": layers, "seconds": math.fsum(run["seconds"] for run in parents)}
+    return made
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -198,6 +244,14 @@ def loss(run):
     return event(run, "done")["loss"]
 
 
+def cost(run, kind):
+    """What a run took, with its parents if it has any: "layers" that trained, over all its steps; "flops"; "seconds"."""
+    first, last = event(run, "run"), event(run, "done")
+    layers = last["step"] * first["flags"]["layers"] / first["relative_flops_layers"]
+    own = {"layers": layers, "flops": last["flops"], "seconds": run["seconds"]}
+    return own[kind] + run.get("before", {}).get(kind, 0)
+
+
 def rows(runs, flags):
     """One row of the table per arm, best first."""
     table = []
@@ -206,13 +260,9 @@ def rows(runs, flags):
         losses = [loss(run) for run in own]
         row = {"arm": arm, "schedule": shown(flags[arm]), "n": len(own), "loss": statistics.mean(losses)}
         row["std"] = statistics.stdev(losses) if len(losses) > 1 else None
-        full = [run for run in runs if run["arm"] == "full"]
-        if full:
-            steps = event(own[0], "done")["step"] / event(full[0], "done")["step"]
-            depth = event(own[0], "run")["flags"]["layers"] / event(full[0], "run")["flags"]["layers"]
-            row["relative_flops_layers"] = event(own[0], "run")["relative_flops_layers"] / steps / depth
-            row["relative_flops_step"] = event(full[0], "done")["flops"] / event(own[0], "done")["flops"]
-            row["speed_up"] = statistics.mean(paired(runs, arm, "full", lambda a, b: b["seconds"] / a["seconds"]))
+        if any(run["arm"] == "full" for run in runs):
+            for name, kind in (("relative_flops_layers", "layers"), ("relative_flops_step", "flops"), ("speed_up", "seconds")):
+                row[name] = statistics.mean(paired(runs, arm, "full", lambda a, b, kind=kind: cost(b, kind) / cost(a, kind)))
         for other in ("full", "full_flops"):
             differences = paired(runs, arm, other, lambda a, b: loss(a) - loss(b))
             row[f"minus_{other}"] = interval(differences) if differences and arm != other else None

@@ -132,7 +132,7 @@ def load(folder):
 def save(model, folder):
     """Write a BERT of ours as `transformers` reads it. ValueError if `transformers`' BERT cannot be it."""
     c, folder = model.config, Path(folder)
-    if (c.arch, c.norm, c.positions, c.rms, c.gated, c.tied) != ("bert", "post", "learned", False, False, True):
+    if (c.arch, c.norm, c.positions, c.rms, c.gated, c.tied, c.norm_parts) != ("bert", "post", "learned", False, False, True, ""):
         raise ValueError("transformers' BERT is post-LN with learned positions, layer norms and a tied head; this model is not "
                          "(train with --norm post --positions learned)")  # fmt: skip
     own = {name: p.detach() for name, p in model.named_parameters()}

@@ -15,7 +15,7 @@ Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked po
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -44,13 +44,15 @@ class Config:
     gated: bool = False  # gated MLP: a third matrix, whose product passes through the GELU
     tied: bool = True  # the head's matrix is the token embedding
     loss_chunk: int = 0  # targets whose logits exist at a time; 0: all
+    norm_parts: str = ""  # "64-64": norm these parts of a vector each by itself (deep_fusion.py)
     types: int = 0  # token types ("segments"), as the original BERT has two
     norm_eps: float = 1e-5
 
     @classmethod
     def of(cls, args, vocab):
-        """From the flags of train.py, for `vocab` token ids."""
-        return cls(**{**{name: getattr(args, name) for name in cls.__dataclass_fields__}, "vocab": vocab})
+        """From the flags of train.py, for `vocab` token ids. A run of earlier code may lack the newest: then the default."""
+        known = {field.name: getattr(args, field.name, field.default) for field in fields(cls)}
+        return cls(**{**known, "vocab": vocab})
 
     @property
     def padded_vocab(self):
@@ -152,7 +154,24 @@ class MLP(nn.Module):
         return F.dropout(self.down(y if shared.gain is None else y * shared.gain), self.dropout, self.training)
 
 
+class PartNorm(nn.Module):
+    """Norms parts of a vector each by itself: what was two networks side by side still computes what both did."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.parts, self.eps = [int(part) for part in config.norm_parts.split("-")], config.norm_eps
+        self.norm = F.rms_norm if config.rms else F.layer_norm
+        self.weight = nn.Parameter(torch.ones(config.width))
+        self.bias = None if config.rms else nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, x):
+        y = torch.cat([self.norm(part, part.shape[-1:], eps=self.eps) for part in x.split(self.parts, -1)], -1) * self.weight
+        return y if self.bias is None else y + self.bias
+
+
 def make_norm(config):
+    if config.norm_parts:
+        return PartNorm(config)
     return (nn.RMSNorm if config.rms else nn.LayerNorm)(config.width, eps=config.norm_eps)
 
 

@@ -65,6 +65,7 @@ def flags():
     flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
     flag("data", str, "", "prepared corpus (data.py), several (A:3,B:1), or text; default: this machine's own manual")
     flag("init", str, "", "start from the weights of this run folder")
+    switch("init_moments", "--init: and from the optimizer's moments")
     whole = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
     flag("seed", whole, 0, "of weights, data order, masks, paths and dropout")
     flag("steps", count, 1_000_000, "optimizer steps")
@@ -118,6 +119,7 @@ def flags():
     flag("norm", str, "pre", "layer norm before or after", choices=["pre", "post"])
     flag("positions", str, "learned", "position encoding", choices=["learned", "rotary", "relative"])
     switch("rms", "RMS norms instead of layer norms")
+    flag("norm_parts", str, "", "norm parts of a vector each by itself, like 64-64; deep_fusion.py makes such networks")
     switch("gated", "gated MLP")
     switch("tied", "the head's matrix is the token embedding [yes]", True)
     flag("types", natural, 0, "token types; the original BERT has 2, of which one-sentence inputs use the first")
@@ -187,6 +189,11 @@ def preset_arguments(path, parser):
             yield f"--{name}={value}"
 
 
+def add_up(parts, whole):
+    sizes = parts.split("-")
+    return all(size.isdecimal() and int(size) for size in sizes) and sum(map(int, sizes)) == whole
+
+
 def nearest(name, known):
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""
@@ -214,6 +221,10 @@ def parse(argv):
             raise ValueError(f"--width {args.width} must be a multiple of --heads {args.heads}")
         if args.positions == "rotary" and args.width // args.heads % 2:
             raise ValueError(f"--positions rotary needs an even width per head, not {args.width} / {args.heads}")
+        if args.norm_parts and not add_up(args.norm_parts, args.width):
+            raise ValueError(
+                f"--norm_parts {args.norm_parts}: must be whole numbers that add up to --width {args.width}, like 64-64"
+            )
         if args.part != "depth" and args.mlp % args.heads:
             raise ValueError(f"--part {args.part}: --mlp {args.mlp} must be a multiple of --heads {args.heads}")
         if args.part != "depth" and args.fsdp:

@@ -40,8 +40,8 @@ from raptr import mean_layers  # noqa: E402
 # ----------------------------------------------------------------------------------------------------------------
 # Pieces of the loop
 
-MAY_CHANGE = {"config", "out", "data", "init", "micro_batch", "eval_every", "save_every", "keep", "keep_every", "device",
-              "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"}  # fmt: skip
+MAY_CHANGE = {"config", "out", "data", "init", "init_moments", "micro_batch", "eval_every", "save_every", "keep", "keep_every",
+              "device", "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"}  # fmt: skip
 
 
 def learning_rate(args, step, since_growth=math.inf):
@@ -142,15 +142,18 @@ def load_moments(model, optimizer, tensors):
 
 
 def initial_weights(args, config, depth):
-    """The weights of the run folder --init, once it is known that they fit. ValueError if they do not."""
+    """What the run folder --init holds, once it is known that its weights fit: {"model": ..}, and "optimizer" if it is there and
+    wanted. ValueError if they do not, or it is not."""
     if not checkpoint.folders(args.init):
         raise ValueError(f"--init {args.init}: there is no checkpoint in it")
-    tensors = checkpoint.load(checkpoint.folders(args.init)[-1])[0]["model"]
+    tensors = checkpoint.load(checkpoint.folders(args.init)[-1])[0]
+    if args.init_moments and "optimizer" not in tensors:
+        raise ValueError(f"--init_moments: {args.init} has none")
     with torch.device("meta"):
         model = transformer.make(config)
     model.blocks = model.blocks[:depth]
-    transformer.check_weights(model, tensors, f"--init {args.init}")
-    return tensors
+    transformer.check_weights(model, tensors["model"], f"--init {args.init}")
+    return tensors if args.init_moments else {"model": tensors["model"]}
 
 
 def grow(tensors, sources, args, config, ranks):
@@ -299,7 +302,9 @@ def main(args, dtype, ranks):
         load_weights(model, tensors["model"], "the checkpoint")
         load_moments(model, optimizer, tensors["optimizer"])
     elif initial:
-        load_weights(model, initial, f"--init {args.init}")
+        load_weights(model, initial["model"], f"--init {args.init}")
+        if "optimizer" in initial:
+            load_moments(model, optimizer, initial["optimizer"])
     del tensors, newest, initial
 
     # --- log -------------------------------------------------------------------------------------------------------

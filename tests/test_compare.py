@@ -25,7 +25,7 @@ def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
 
 
 @pytest.mark.parametrize("budget", [1.2, 1.333, 2.0, 3.0])
-@pytest.mark.parametrize("arm", [arm for arm in compare.ARMS if arm not in ("full", "ramp", "shallow_flops")])
+@pytest.mark.parametrize("arm", [arm for arm in compare.ARMS if arm not in ("full", "ramp", "fusion", "shallow_flops")])
 def test_every_schedule_costs_its_budget(arm, budget):
     """Priced by counting the layers of every step, not by the formula the schedule came from."""
     full = base("--steps", "3000", "--heads", "4")
@@ -116,6 +116,22 @@ def test_all_arms_of_a_seed_share_their_start(tmp_path, corpus, monkeypatch):
                  + [*flags.split(), "--data", str(corpus), "--lr", "1e-12"])  # fmt: skip
     rows = json.loads((tmp_path / "results/s/table.json").read_text())["rows"]
     assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-6
+
+
+def test_a_fusion_pays_for_its_parents(tmp_path, corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 40 --threads 1 --eval_sequences 16"
+    compare.main(["--methods", "full,fusion", "--seeds", "1", "--name", "f", *flags.split(), "--data", str(corpus)])
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "results/f/table.json").read_text())["rows"]}
+    full, fusion = rows["full"], rows["fusion"]
+    logs = [train.report.read_log(tmp_path / "out/compare/f" / f"fusion-0{of}") for of in ("", "-parent1", "-parent2")]
+    steps = [log[-1]["step"] for log in logs]
+    layer = {width: 24 * width**2 + 4 * 32 * width for width in (16, 32)}  # of a token: products, attention over 32 tokens
+    spent = steps[0] * layer[32] + (steps[1] + steps[2]) * layer[16]
+    assert 40 * layer[32] / spent == pytest.approx(fusion["relative_flops_layers"], rel=1e-6)
+    assert fusion["relative_flops_layers"] == pytest.approx(4 / 3, rel=0.03) and full["relative_flops_layers"] == 1
+    seeds = [log[0]["seed"] for log in logs]
+    assert len({*seeds}) == 3 and logs[0][0]["flags"]["init"].endswith("fused") and steps[0] == steps[1] == steps[2]
 
 
 def test_schedules_that_cannot_be_are_not_planned():
