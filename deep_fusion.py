@@ -2,6 +2,7 @@
 
     python deep_fusion.py out/A out/B --out out/C                          then: python train.py --config out/C/preset.toml
     python deep_fusion.py out/A out/A --out out/C --noise 0.01             a network fused with itself
+    python deep_fusion.py out/A out/B --out out/C --measure                how far it is from its parents, on held-out text
 
 Every matrix becomes [[A, 0], [0, B]], every vector and embedding [a, b]; heads and hidden neurons stand side by side, and the
 logits are the mean of both parents'. The zeros (the "fusion property") keep the function of a linear stack; a norm over
@@ -24,9 +25,10 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
+import denoisers
 import model as transformer
 import options
-from data import rng
 from sample import load_run
 
 ADDED = ("width", "heads", "mlp")  # of the parents' shapes; all else they share
@@ -82,7 +84,7 @@ def perturbed(weights, noise, seed):
     """Weights times 1 + noise * standard normal numbers."""
     made = {}
     for name, tensor in weights.items():
-        draws = rng(seed, f"fusion {name}", 0).standard_normal(tuple(tensor.shape), dtype="float32")
+        draws = data.rng(seed, f"fusion {name}", 0).standard_normal(tuple(tensor.shape), dtype="float32")
         made[name] = tensor * (1 + noise * torch.from_numpy(draws))
     return made
 
@@ -115,6 +117,24 @@ def join_moments(a, b, config):
     }
 
 
+@torch.no_grad()
+def measure(parents, fusions, flags, tokens, sequences=512):
+    """Print the held-out losses of parents, of the mean of their logits and of {name: fusion}, and how far the fusions' logits
+    are from that mean: root mean square, as a share of the mean's own standard deviation over the words."""
+    batch = [torch.from_numpy(part) for part in denoisers.view(flags, tokens).fixed(sequences, flags.seq)]
+    written = batch[2] != data.NO_TARGET
+    targets = batch[2][written]
+    words = {name: model.eval().logits(batch[0], batch[1])[written][:, : model.config.vocab] for name, model in parents.items()}
+    mean = sum(words.values()) / len(words)
+    words["the mean of their logits"] = mean
+    words |= {name: model.eval().logits(batch[0], batch[1])[written][:, : model.config.vocab] for name, model in fusions.items()}
+    print(f"\n  held-out loss of {len(targets):,} words, and distance from the mean of the parents' logits\n")
+    for name, logits in words.items():
+        centred, aim = logits - logits.mean(1, True), mean - mean.mean(1, True)
+        far = "" if name in parents else f"   {(centred - aim).square().mean().sqrt() / aim.std():.4f}"
+        print(f"    {name:40} {torch.nn.functional.cross_entropy(logits, targets):.4f}{far}")
+
+
 def write_preset(path, flags):
     """A preset of all flags in which a run differs from train.py's defaults."""
     default = vars(options.flags().parse_args([]))
@@ -134,13 +154,14 @@ def main(argv):
     parser.add_argument("--split_norms", action="store_true", help="norm each parent's part of a vector by itself")
     parser.add_argument("--moments", action="store_true", help="take over the optimizer's moments too")
     parser.add_argument("--noise", type=options.nonnegative, default=0.0, help="the second parent's weights times 1 + X * noise")
+    parser.add_argument("--measure", action="store_true", help="losses and distances on the parents' held-out text")
     parser.add_argument("--seed", type=options.natural, default=0, help="of noise and of fresh weights")
     args = parser.parse_args(argv)
     a, b, out = Path(args.parents[0]), Path(args.parents[1]), Path(args.out)
     try:
         if out.exists():
             raise ValueError(f"--out {out}: is there already")
-        (one, _, flags), (other, _, _) = load_run(a), load_run(b)
+        (one, _, given), (other, _, _) = load_run(a), load_run(b)
         if a.resolve() == b.resolve() and args.off_diagonal == "zero" and not args.noise:
             raise ValueError(f"{a} fused with itself: equal halves stay equal; give --noise, or --off_diagonal fresh")
         same_tokens(a, b)
@@ -161,7 +182,7 @@ def main(argv):
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    flags = vars(flags) | {name: getattr(config, name) for name in (*ADDED, "norm_parts")} | {"method": "full", "stages": "auto"}
+    flags = vars(given) | {name: getattr(config, name) for name in (*ADDED, "norm_parts")} | {"method": "full", "stages": "auto"}
     flags |= {"out": str(out), "init": str(out), "parents": [str(a), str(b)]}
     for name in ("tokenizer.model", "vocab.txt"):
         if (a / name).exists():
@@ -170,6 +191,18 @@ def main(argv):
     write_preset(unfinished / "preset.toml", flags | {"init_moments": args.moments})
     checkpoint.save(unfinished, 0, tensors, {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags})
     unfinished.rename(out)
+    if args.measure:
+        fusions = {}
+        for name, split in (("fused, norms over both", False), ("fused, norms over each (--split_norms)", True)):
+            fusions[name] = transformer.make(fused_config(one.config, other.config, split))
+            fusions[name].load_state_dict(tensors["model"], strict=False)
+        other.load_state_dict(weights[1], strict=False)  # with its noise
+        measure(
+            {f"first parent, {a.name}": one, f"second parent, {b.name}": other},
+            fusions,
+            given,
+            data.open_corpus(given.data, given.vocab),
+        )
     print(f"\n  {a}, of width {one.config.width}, and {b}, of width {other.config.width}, are now {out}:")
     print(f"  width {config.width}, {config.heads} heads, {config.mlp} hidden neurons")
     print(f"\n  train it:  python train.py --config {out}/preset.toml --out {out}-trained\n")

@@ -111,7 +111,10 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     a, b = go([*flags, str(tmp_path / "a")]), go([*flags, str(tmp_path / "b"), "--seed", "1"])
     for seed, where in enumerate((a, b)):
         assert events(where, "run")[0]["seed"] == seed
-    done = shell(a, b, "--out", tmp_path / "c", "--moments")
+    done = shell(a, b, "--out", tmp_path / "c", "--moments", "--measure")
+    told = {line[4:44].strip(): line[44:].split() for line in done.stdout.splitlines() if line.startswith("    ")}
+    assert float(told["first parent, a"][0]) == pytest.approx(events(a, "done")[0]["loss"], abs=0.01)
+    assert told["fused, norms over each (--split_norms)"][1] == "0.0000" and float(told["fused, norms over both"][1]) > 0.001
     assert done.returncode == 0 and "width 128, 8 heads, 512 hidden neurons" in done.stdout, done.stderr
     assert load_run(tmp_path / "c")[0].config.width == 128
     preset = [f"--config={tmp_path}/c/preset.toml", "--steps", "6", "--eval_every", "1", "--out"]
