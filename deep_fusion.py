@@ -118,10 +118,10 @@ def join_moments(a, b, config):
 
 
 @torch.no_grad()
-def measure(parents, fusions, flags, tokens, sequences=512):
+def measure(parents, fusions, flags, tokens):
     """Print the held-out losses of parents, of the mean of their logits and of {name: fusion}, and how far the fusions' logits
     are from that mean: root mean square, as a share of the mean's own standard deviation over the words."""
-    batch = [torch.from_numpy(part) for part in denoisers.view(flags, tokens).fixed(sequences, flags.seq)]
+    batch = [torch.from_numpy(part) for part in denoisers.view(flags, tokens).fixed(flags.eval_sequences, flags.seq)]
     written = batch[2] != data.NO_TARGET
     targets = batch[2][written]
     words = {name: model.eval().logits(batch[0], batch[1])[written][:, : model.config.vocab] for name, model in parents.items()}
