@@ -270,11 +270,6 @@ def rows(runs, flags):
     return sorted(table, key=lambda row: row["loss"])
 
 
-def method_of(flags):
-    """The method that a run had, from the flags in its log; those that did not exist yet are at their defaults."""
-    return methods.choose(having(options.flags().parse_args([]), **flags))
-
-
 def jumps(runs):
     """Held-out loss just before and after each stage change or growth, mean over seeds: [(arm, change, before, after, n)].
     RaPTr's weights do not change there; what changes is the length of the path they are run on."""
@@ -286,7 +281,7 @@ def jumps(runs):
                     (e["loss_before"], e["loss_after"])
                 )
         if run["arm"] in ("raptr", *PARTS):
-            plan = method_of(event(run, "run")["flags"]).plan
+            plan = methods.choose(options.complete(event(run, "run")["flags"])).plan
             for a, b in zip(plan, plan[1:]):
                 at = next(e for e in run["events"] if e["event"] == "eval" and e["step"] == a.end)
                 before, after = (at["subnetworks"].get(f"{stage.length:g}", at["loss"]) for stage in (a, b))
@@ -366,7 +361,7 @@ def spread(axes, points):
 def strip(flags, columns=160):
     """Which layers run when: one row per layer, one column per sampled step. 1 is a trained layer; less is one that runs on
     some of the sequences, with a part of its width, with a smaller scale, or (0.4) without being trained."""
-    method, cells = method_of(flags), []
+    method, cells = methods.choose(options.complete(flags)), []
     for step in sorted({1 + i * flags["steps"] // columns for i in range(columns)}):
         path = method.subnetwork(step) or whole(method.depth(step))
         shares = [path.width.share if path.width else 1.0] * len(path.layers)

@@ -15,7 +15,7 @@ Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked po
 """
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -50,9 +50,8 @@ class Config:
 
     @classmethod
     def of(cls, args, vocab):
-        """From the flags of train.py, for `vocab` token ids. A run of earlier code may lack the newest: then the default."""
-        known = {field.name: getattr(args, field.name, field.default) for field in fields(cls)}
-        return cls(**{**known, "vocab": vocab})
+        """From the flags of train.py, for `vocab` token ids."""
+        return cls(**{**{name: getattr(args, name) for name in cls.__dataclass_fields__}, "vocab": vocab})
 
     @property
     def padded_vocab(self):

@@ -173,6 +173,11 @@ def flags():
     return parser
 
 
+def complete(given):
+    """The flags of a run, from its config.json or its log; those that it did not know yet are at their defaults."""
+    return argparse.Namespace(**{**vars(flags().parse_args([])), **given})
+
+
 def preset_arguments(path, parser):
     """A TOML preset as command-line arguments, so that it is checked like them."""
     try:

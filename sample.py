@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import denoisers
 import model as transformer
+import options
 import prepare
 from raptr import RaPTr, Stage, draw
 
@@ -29,9 +30,10 @@ def load_run(run, device="cpu"):
     """(model, tokenizer, flags) of a run folder, from its newest good checkpoint. ValueError if it is not one."""
     run = Path(run)
     try:
-        args = argparse.Namespace(**json.loads((run / "config.json").read_text()))
-        folders = checkpoint.folders(run)
-        config = transformer.Config.of(args, 0)
+        given = json.loads((run / "config.json").read_text())
+        if not {"layers", "seed"} <= given.keys():
+            raise ValueError
+        args, folders = options.complete(given), checkpoint.folders(run)
     except (OSError, ValueError, TypeError, AttributeError):
         raise ValueError(f"{run}: not a run folder of train.py") from None
     if not folders:

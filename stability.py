@@ -148,7 +148,7 @@ def draw(found, path):
 
 
 @torch.no_grad()
-def trained(run_folder, sequences=256, paths=8):
+def trained(run_folder, paths=8):
     """Of a run's model, on its held-out text: {"full": loss, "layers": [(loss, output change) without layer l],
     "lengths": {k: losses of random paths of k layers}}."""
     from data import NO_TARGET, open_corpus
@@ -157,7 +157,7 @@ def trained(run_folder, sequences=256, paths=8):
 
     model, _, flags = load_run(run_folder)
     corpus = view(flags, open_corpus(flags.data, flags.vocab))
-    batch = [torch.from_numpy(part) for part in corpus.fixed(sequences, flags.seq)]
+    batch = [torch.from_numpy(part) for part in corpus.fixed(flags.eval_sequences, flags.seq)]
     count, L = int((batch[2] != NO_TARGET).sum()), len(model.blocks)
     loss = lambda path: float(model(batch, path)) / count  # noqa: E731
     full = model.states(*batch[:2])
