@@ -118,10 +118,10 @@ def join_moments(a, b, config):
 
 
 @torch.no_grad()
-def measure(parents, fusions, flags, tokens):
+def measure(parents, fusions, args, tokens):
     """Print the held-out losses of parents, of the mean of their logits and of {name: fusion}, and how far the fusions' logits
     are from that mean: root mean square, as a share of the mean's own standard deviation over the words."""
-    batch = [torch.from_numpy(part) for part in denoisers.view(flags, tokens).fixed(flags.eval_sequences, flags.seq)]
+    batch = [torch.from_numpy(part) for part in denoisers.view(args, tokens).fixed(args.eval_sequences, args.seq)]
     written = batch[2] != data.NO_TARGET
     targets = batch[2][written]
     words = {name: model.eval().logits(batch[0], batch[1])[written][:, : model.config.vocab] for name, model in parents.items()}
@@ -135,17 +135,17 @@ def measure(parents, fusions, flags, tokens):
         print(f"    {name:40} {torch.nn.functional.cross_entropy(logits, targets):.4f}{far}")
 
 
-def write_preset(path, flags):
+def write_preset(path, given):
     """A preset of all flags in which a run differs from train.py's defaults."""
     default = vars(options.flags().parse_args([]))
     lines = ["# Made by deep_fusion.py: goes on with a fused network."]
-    for name, value in flags.items():
+    for name, value in given.items():
         if name in default and name not in ("config", "out") and value != default[name]:
             lines.append(f"{name} = {json.dumps(value)}")
     path.write_text("\n".join(lines) + "\n")
 
 
-def main(argv):
+def flags():
     about = argparse.RawDescriptionHelpFormatter
     parser = options.Parser(prog="deep_fusion.py", allow_abbrev=False, description=__doc__, formatter_class=about)
     parser.add_argument("parents", nargs=2, metavar="RUN", help="run folder of train.py")
@@ -156,56 +156,72 @@ def main(argv):
     parser.add_argument("--noise", type=options.nonnegative, default=0.0, help="the second parent's weights times 1 + X * noise")
     parser.add_argument("--measure", action="store_true", help="losses and distances on the parents' held-out text")
     parser.add_argument("--seed", type=options.natural, default=0, help="of noise and of fresh weights")
-    args = parser.parse_args(argv)
-    a, b, out = Path(args.parents[0]), Path(args.parents[1]), Path(args.out)
-    try:
-        if out.exists():
-            raise ValueError(f"--out {out}: is there already")
-        (one, _, given), (other, _, _) = load_run(a), load_run(b)
-        if a.resolve() == b.resolve() and args.off_diagonal == "zero" and not args.noise:
-            raise ValueError(f"{a} fused with itself: equal halves stay equal; give --noise, or --off_diagonal fresh")
-        same_tokens(a, b)
-        for run, model in ((a, one), (b, other)):
-            if len(model.blocks) != model.config.layers:
-                raise ValueError(f"{run}: has {len(model.blocks)} of its {model.config.layers} layers so far; let it grow first")
-        config = fused_config(one.config, other.config, args.split_norms)
-        state = [moments(run) for run in (a, b)] if args.moments else None
-    except ValueError as error:
-        parser.error(str(error))
-    weights = [{name: p.detach() for name, p in model.named_parameters()} for model in (one, other)]
-    weights[1] = perturbed(weights[1], args.noise, args.seed) if args.noise else weights[1]
-    fresh = dict(transformer.make(config, args.seed).state_dict()) if args.off_diagonal == "fresh" else None
-    tensors = {"model": fuse(*weights, config, fresh)}
-    if state:
-        tensors["optimizer"] = join_moments(*state, config)
+    return parser
 
+
+def parents(args):
+    """(two models, flags of the first, the fusion's config) of the run folders named. ValueError if they cannot be fused."""
+    a, b = map(Path, args.parents)
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out}: is there already")
+    (one, _, given), (other, _, _) = load_run(a), load_run(b)
+    if a.resolve() == b.resolve() and args.off_diagonal == "zero" and not args.noise:
+        raise ValueError(f"{a} fused with itself: equal halves stay equal; give --noise, or --off_diagonal fresh")
+    same_tokens(a, b)
+    for run, model in ((a, one), (b, other)):
+        if len(model.blocks) != model.config.layers:
+            raise ValueError(f"{run}: has {len(model.blocks)} of its {model.config.layers} layers so far; let it grow first")
+    config = fused_config(one.config, other.config, args.split_norms)
+    if args.noise:
+        other.load_state_dict(perturbed(named(other), args.noise, args.seed), strict=False)
+    return [one, other], given, config
+
+
+def named(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def write(out, first, given, config, tensors):
+    """Make a run folder of the fused network: checkpoint, flags, tokenizer, and a preset to go on with. The name appears when
+    all is in it."""
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    flags = vars(given) | {name: getattr(config, name) for name in (*ADDED, "norm_parts")} | {"method": "full", "stages": "auto"}
-    flags |= {"out": str(out), "init": str(out), "parents": [str(a), str(b)]}
-    for name in ("tokenizer.model", "vocab.txt"):
-        if (a / name).exists():
-            shutil.copy(a / name, unfinished)
-    (unfinished / "config.json").write_text(json.dumps(flags, indent=1))
-    write_preset(unfinished / "preset.toml", flags | {"init_moments": args.moments})
-    checkpoint.save(unfinished, 0, tensors, {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags})
+    kept = vars(given) | {name: getattr(config, name) for name in (*ADDED, "norm_parts")} | {"method": "full", "stages": "auto"}
+    kept |= {"out": str(out), "init": str(out), "init_moments": "optimizer" in tensors}
+    for name in ("tokenizer.model", "vocab.txt", "tokenizer_config.json"):
+        if (first / name).exists():
+            shutil.copy(first / name, unfinished)
+    (unfinished / "config.json").write_text(json.dumps(kept, indent=1))
+    write_preset(unfinished / "preset.toml", kept)
+    checkpoint.save(unfinished, 0, tensors, {"step": 0, "flops": 0, "seconds": 0.0, "flags": kept})
     unfinished.rename(out)
+
+
+def main(argv):
+    parser = flags()
+    args = parser.parse_args(argv)
+    a, b = map(Path, args.parents)
+    try:
+        (one, other), given, config = parents(args)
+        state = [moments(run) for run in (a, b)] if args.moments else None
+    except ValueError as error:
+        parser.error(str(error))
+    fresh = named(transformer.make(config, args.seed)) if args.off_diagonal == "fresh" else None
+    tensors = {"model": fuse(named(one), named(other), config, fresh)}
+    if state:
+        tensors["optimizer"] = join_moments(*state, config)
     if args.measure:
         fusions = {}
         for name, split in (("fused, norms over both", False), ("fused, norms over each (--split_norms)", True)):
             fusions[name] = transformer.make(fused_config(one.config, other.config, split))
             fusions[name].load_state_dict(tensors["model"], strict=False)
-        other.load_state_dict(weights[1], strict=False)  # with its noise
-        measure(
-            {f"first parent, {a.name}": one, f"second parent, {b.name}": other},
-            fusions,
-            given,
-            data.open_corpus(given.data, given.vocab),
-        )
-    print(f"\n  {a}, of width {one.config.width}, and {b}, of width {other.config.width}, are now {out}:")
+        both = {f"first parent, {a.name}": one, f"second parent, {b.name}": other}
+        measure(both, fusions, given, data.open_corpus(given.data, given.vocab))
+    write(Path(args.out), a, given, config, tensors)
+    print(f"\n  {a}, of width {one.config.width}, and {b}, of width {other.config.width}, are now {args.out}:")
     print(f"  width {config.width}, {config.heads} heads, {config.mlp} hidden neurons")
-    print(f"\n  train it:  python train.py --config {out}/preset.toml --out {out}-trained\n")
+    print(f"\n  train it:  python train.py --config {args.out}/preset.toml --out {args.out}-trained\n")
 
 
 if __name__ == "__main__":
