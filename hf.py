@@ -181,6 +181,11 @@ class WordPiece:
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def places(self, text):
+        """(token ids, [(begin, end) in the text])."""
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
     def decode(self, ids):
         return self.tokenizer.decode(ids)
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import eval_qa
+import qa
 from conftest import ROOT
 
 QUESTIONS = [
@@ -88,13 +88,13 @@ def test_bad_predictions_are_named(tmp_path, predictions, word):
 
 def test_an_id_that_comes_again_gets_a_number(tmp_path):
     (tmp_path / "d.json").write_text(FILES["squad_v2"].replace('"id": "3"', '"id": "1"'))
-    assert [q.id for q in eval_qa.read_task("squad_v2", tmp_path / "d.json")] == ["1", "2", "1#2"]
+    assert [q.id for q in qa.read_task("squad_v2", tmp_path / "d.json")] == ["1", "2", "1#2"]
 
 
 def test_right_answers_score_one(tmp_path):
     for task, content in FILES.items():
         (tmp_path / "d.json").write_text(content)
-        questions = eval_qa.read_task(task, tmp_path / "d.json")
+        questions = qa.read_task(task, tmp_path / "d.json")
         best = {q.id: q.answers[-1] if q.answers else "" for q in questions}
-        result = eval_qa.score(task, questions, best)
+        result = qa.score(task, questions, best)
         assert result["em"] == result["f1"] == 1 and result["of"] == len(questions)
