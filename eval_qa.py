@@ -291,7 +291,7 @@ def summarize(args, questions, results, out):
         print("  seed by seed, F1: " + ", ".join(f"{scores['f1']:.3f}" for scores in last) + "; above is the median seed")
     if args.shots is not None:
         source = "--train" if args.train else "--data, the asked question left out"
-        print(f"  {last[pick]['shown']:.1f} of {args.shots} examples fitted in the mean, from {source}; "
+        print(f"  {last[pick]['shown']:.2f} of {args.shots} examples (from {source}) fitted before a question in the mean; "
               f"{last[pick]['cut']} of {len(questions)} questions lost the beginning of their own text")  # fmt: skip
     if args.task == "squad_v2":
         print(f"  no answer everywhere: {line(qa.score(args.task, questions, dict.fromkeys((q.id for q in questions), '')))}")

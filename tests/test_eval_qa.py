@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_and_its_file_can_be_scored(runs, files, tmp_path,
     flags = ["--task", "nq_open", "--data", files / "nq.jsonl"]
     asking = [*flags, "--shots", 1, runs["ul2"], "--out", tmp_path / "out", "--batch", 3, "--tokens", 4]
     shown = subprocess.run([sys.executable, "eval_qa.py", *map(str, asking)], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0 and "of 1 examples fitted" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "of 1 examples (from --data" in shown.stdout, shown.stderr
     first, written = (tmp_path / "out" / "predictions.json").read_text(), tmp_path / "out" / "runs" / "0.jsonl"
     lines = written.read_bytes().splitlines(True)
     assert len(lines) == len(json.loads(first)) == 40 and len(set(json.loads(first).values())) > 5
