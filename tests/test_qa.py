@@ -1,11 +1,13 @@
+import contextlib
+import io
 import json
-import subprocess
-import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
+import eval_qa
 import qa
-from conftest import ROOT
 
 QUESTIONS = [
     {"id": "1", "question": "who", "answers": [{"text": "The cat", "answer_start": 0}, {"text": "cat", "answer_start": 4}],
@@ -28,7 +30,17 @@ def run(tmp_path, task, content, predictions, suffix=".json"):
     (tmp_path / "data.json").write_text(content)
     (tmp_path / f"p{suffix}").write_text(predictions)
     command = ["--task", task, "--data", tmp_path / "data.json", "--score", tmp_path / f"p{suffix}"]
-    return subprocess.run([sys.executable, "eval_qa.py", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch("sys.argv", ["eval_qa.py", *map(str, command)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            eval_qa.main()  # in this process: two dozen starts of Python with torch take a minute
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_squad_with_its_two_kinds_of_questions(tmp_path):
