@@ -21,6 +21,7 @@ import math
 import random
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -154,6 +155,7 @@ class Classifier(torch.nn.Module):
     def __init__(self, encoder, tokenizer, outputs, longest, seed):
         super().__init__()
         self.encoder, self.tokenizer, self.longest = encoder, tokenizer, min(longest, encoder.config.seq)
+        self.pad = tokenizer.pad_id()
         C = encoder.config.width
         self.pool, self.head = torch.nn.Linear(C, C), torch.nn.Linear(C, outputs)
         generator = torch.Generator().manual_seed(seed)
@@ -169,10 +171,20 @@ class Classifier(torch.nn.Module):
         tokens = [self.tokenizer.bos_id(), *a, self.tokenizer.eos_id(), *b, self.tokenizer.eos_id()]
         return tokens, [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
+    def keep_words(self, rows):
+        """Leaves in the table of embeddings only the words of these rows, whose tokens it renumbers in place. The others would
+        never be read, yet most of the table's gradient and update, which take as long as a layer or more, would be theirs."""
+        words = sorted({token for tokens, _ in rows for token in tokens} | {self.pad})
+        place = {word: i for i, word in enumerate(words)}
+        for tokens, _ in rows:
+            tokens[:] = map(place.__getitem__, tokens)
+        self.pad = place[self.pad]
+        self.encoder.tokens = torch.nn.Embedding.from_pretrained(self.encoder.tokens.weight.detach()[words], freeze=False)
+
     def forward(self, rows):
         """Logits (rows, outputs)."""
         device = self.head.weight.device
-        tokens, types = padded([r[0] for r in rows], self.tokenizer.pad_id(), device), padded([r[1] for r in rows], 0, device)
+        tokens, types = padded([r[0] for r in rows], self.pad, device), padded([r[1] for r in rows], 0, device)
         inside = torch.arange(tokens.shape[1], device=device) < torch.tensor([[len(r[0])] for r in rows], device=device)
         mask = None if inside.all() else inside[:, None, None]
         state = self.encoder.encode(tokens, mask=mask, types=types)[:, 0]
@@ -269,9 +281,12 @@ def learnable(prepared):
     return [example for example in prepared if example[2]]
 
 
-def ask(answers, examples, size, autocast):
-    """{key: label} for all examples."""
-    prepared = [answers.prepare(example, i) for i, example in enumerate(examples)]
+def prepare_all(answers, examples):
+    return [answers.prepare(example, i) for i, example in enumerate(examples)]
+
+
+def ask(answers, examples, prepared, size, autocast):
+    """{key: label} for all examples, of which `prepared` holds the rows."""
     found = {}
     answers.model.eval()
     lengths = [sum(len(row[0]) for row in example[0]) for example in prepared]
@@ -283,22 +298,38 @@ def ask(answers, examples, size, autocast):
 
 
 def finetune(run, task, data, seed, args, autocast):
-    """One fine-tuning: {"epochs": validation scores, "predictions": of the last, and of AX where the task is RTE}."""
+    """One fine-tuning of a run's model; see `fit`."""
     model, tokenizer, _ = load_run(run, args.device)
-    train = superglue.read_task(task, Path(data, task, "train.jsonl"))
-    val = superglue.read_task(task, superglue.validation_file(data, task))
     answers = Answers(model, tokenizer, task, args.longest, seed)
-    answers.model.to(args.device)
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout = args.dropout
-    examples = learnable([answers.prepare(example) for example in train])
+    return fit(answers, data, args, autocast)
+
+
+def to_ask(task, data):
+    """{task: its validation examples}, and those of AX where the task is RTE."""
+    files = {name: superglue.validation_file(data, name) for name in [task] + ["AX-b", "AX-g"] * (task == "RTE")}
+    return {name: superglue.read_task(name, path) for name, path in files.items() if path}
+
+
+def fit(answers, data, args, autocast):
+    """Train `answers` on its task: {"epochs": validation scores, "predictions": of the last, and of AX where the task is RTE,
+    "seconds": of training, without reading and asking}."""
+    task, seed, seconds = answers.task, answers.seed, 0.0
+    examples = learnable(prepare_all(answers, superglue.read_task(task, Path(data, task, "train.jsonl"))))
+    asked = to_ask(task, data)
+    prepared = {name: prepare_all(answers, own) for name, own in asked.items()}
+    if answers.bert:
+        answers.model.keep_words([row for part in (examples, *prepared.values()) for rows, _, _ in part for row in rows])
+    answers.model.to(args.device)
     lengths = [sum(len(row[0]) for row in example[0]) for example in examples]
     optimizer = torch.optim.AdamW(parameter_groups(answers.model, 0.01), args.lr, fused=True)
     epochs = args.epochs or EPOCHS[task]
     total, step, scores = epochs * math.ceil(len(examples) / args.batch), 0, []
     bar = tqdm(total=total, desc=f"{task}, seed {seed}", unit=" steps", leave=False, disable=None)
     for epoch in range(epochs):
+        began = time.perf_counter()
         answers.model.train()
         torch.manual_seed(int(rng(seed, "finetune dropout", epoch).integers(1 << 62)))
         for part in batches(lengths, args.batch, random.Random(f"{seed} {task} {epoch}")):
@@ -312,15 +343,15 @@ def finetune(run, task, data, seed, args, autocast):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
-        predictions = {task: ask(answers, val, 4 * args.batch, autocast)}
-        scores.append(superglue.score_task(task, val, predictions[task]))
+        loss.item()  # a GPU has done its work only now
+        seconds += time.perf_counter() - began
+        predictions = {task: ask(answers, asked[task], prepared[task], 4 * args.batch, autocast)}
+        scores.append(superglue.score_task(task, asked[task], predictions[task]))
         bar.set_postfix_str(f"epoch {epoch + 1}: {scores[-1]['score']:.3f}")
     bar.close()
-    for diagnostic in ("AX-b", "AX-g") if task == "RTE" else ():
-        path = superglue.validation_file(data, diagnostic)
-        if path:
-            predictions[diagnostic] = ask(answers, superglue.read_task(diagnostic, path), 4 * args.batch, autocast)
-    return {"epochs": scores, "predictions": predictions}
+    for name in list(asked)[1:]:
+        predictions[name] = ask(answers, asked[name], prepared[name], 4 * args.batch, autocast)
+    return {"epochs": scores, "predictions": predictions, "seconds": seconds}
 
 
 def few_shot(run, task, data, seed, args, autocast):
@@ -331,8 +362,11 @@ def few_shot(run, task, data, seed, args, autocast):
     source = "RTE" if task.startswith("AX") else task  # the diagnostics have no training set
     train = superglue.read_task(source, Path(data, source, "train.jsonl"))
     val = superglue.read_task(task, superglue.validation_file(data, task))
-    predictions = ask(Answers(model, tokenizer, task, 0, seed, args.shots, train), val, args.batch, autocast)
-    return {"epochs": [superglue.score_task(task, val, predictions)], "predictions": {task: predictions}}
+    answers = Answers(model, tokenizer, task, 0, seed, args.shots, train)
+    began = time.perf_counter()
+    predictions = ask(answers, val, prepare_all(answers, val), args.batch, autocast)
+    seconds = time.perf_counter() - began
+    return {"epochs": [superglue.score_task(task, val, predictions)], "predictions": {task: predictions}, "seconds": seconds}
 
 
 def summarize(out, tasks, results):
@@ -428,9 +462,11 @@ def evaluate(args, parser):
                     t: {tuple(key): label for key, label in pairs} for t, pairs in kept["predictions"].items()}}  # fmt: skip
             else:
                 found = solve(run, task, args.data, seed, args, autocast)
+                scores = " ".join(f"{epoch['score']:.3f}" for epoch in found["epochs"])
+                print(f"  {task}, seed {seed}: {scores}  ({found['seconds']:.0f} s)", flush=True)
                 done.parent.mkdir(parents=True, exist_ok=True)
                 kept = {t: [[list(key), label] for key, label in p.items()] for t, p in found["predictions"].items()}
-                text = json.dumps({"settings": settings, "epochs": found["epochs"], "predictions": kept})
+                text = json.dumps({"settings": settings} | found | {"predictions": kept})
                 done.with_suffix(".tmp").write_text(text)
                 done.with_suffix(".tmp").rename(done)
             results.setdefault(task, []).append(found)

@@ -73,7 +73,7 @@ def test_padding_does_not_change_an_answer(runs):  # noqa: F811
 def test_what_is_too_long_is_cut():
     class Words:
         encode = staticmethod(lambda text: [len(word) for word in text.split()])
-        bos_id, eos_id = staticmethod(lambda: 100), staticmethod(lambda: 101)
+        bos_id, eos_id, pad_id = (staticmethod(lambda i=i: i) for i in (100, 101, 0))
 
     config = Config(layers=1, width=8, heads=1, mlp=8, vocab=200, seq=12)
     model = eval_superglue.Classifier(BERT(config), Words, 2, 50, 0)
