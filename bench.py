@@ -4,6 +4,7 @@
     python bench.py --only paths        a full step against paths of 6, 8, 10 of 12 layers
     python bench.py --only methods      every method over a whole run, and a growth
     python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
+    python bench.py --only over         what hf.over saves of a step of `transformers`' BERT and Llama, if that is installed
     python bench.py --only data         what making a batch takes of a step
     python bench.py --only reliability  what checks, log and checkpoints take of the toy
     python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
@@ -27,9 +28,11 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
+import hf
 import methods
 import model as transformer
 import options
@@ -199,6 +202,54 @@ def bench_rival(args, config, report):
         report[f"times_transformers_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
 
 
+def somebody_elses(kind, config):
+    """(model, its ModuleList): a small one of `transformers`, with random weights."""
+    import transformers
+
+    shape = dict(vocab_size=config.vocab, hidden_size=config.width, num_hidden_layers=config.layers,
+                 num_attention_heads=config.heads, intermediate_size=config.mlp, max_position_embeddings=config.seq,
+                 attn_implementation="eager")  # fmt: skip
+    if kind == "BERT":
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, **dropout))
+        return model, model.bert.encoder.layer
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False))
+    return model, model.model.layers
+
+
+def counted(call):
+    """FLOPs of the matrix products of a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def bench_over(args, config, report):
+    """Half of somebody else's layers, a new path each time, beside all of them; unscaled and scaled."""
+    if not importlib.util.find_spec("transformers"):
+        return print("  over: transformers is not installed (pip install transformers); not run")
+    L, tokens = config.layers, torch.randint(0, config.vocab, (args.batch, config.seq))
+    paths = {name: RaPTr([Stage(1, 10**9, L // 2)], L, {0, L - 1}, scaling=name) for name in ("none", "uniform")}
+    print(f"  hf.over, transformers {importlib.metadata.version('transformers')}, {args.dtype}; ideal: by counted FLOPs")
+    for kind in ("BERT", "Llama"):
+        (model, layers), turn = somebody_elses(kind, config), iter(range(1, 10**9))
+        step = trainer(model, lambda model=model: model(input_ids=tokens, labels=tokens).loss, args.dtype)
+
+        def walk(path, step=step, layers=layers, turn=turn):
+            with hf.over(layers, path.subnetwork(next(turn))):
+                step()
+
+        candidates = {"full": step} | {name: lambda path=path, walk=walk: walk(path) for name, path in paths.items()}
+        times = interleaved(candidates, args.rounds)
+        ideal = counted(step) / counted(candidates["none"])
+        print(f"    {kind + ',':6} all {L} layers              {median(times['full']) * 1e3:6.1f} ms")
+        for name in paths:
+            speed, took = median([a / b for a, b in zip(times["full"], times[name])]), median(times[name]) * 1e3
+            print(f"    {kind + ',':6} path of {L // 2}, scaling {name:8} {took:6.1f} ms   {speed:.3f}x, ", end="")
+            print(f"ideal {ideal:.3f}, efficiency {speed / ideal:.3f}")
+            report[f"over_{kind}_{name}"] = speed / ideal
+
+
 def bench_data(args, config, report):
     corpus = data.Corpus(prepare.prepared())
     toy = transformer.Config(12, 128, 2, 512, 64, corpus.vocab, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
@@ -259,6 +310,7 @@ BENCHES = {
     "paths": bench_paths,
     "methods": bench_methods,
     "rival": bench_rival,
+    "over": bench_over,
     "data": bench_data,
     "reliability": bench_reliability,
     "memory": bench_memory,

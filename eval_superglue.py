@@ -313,9 +313,9 @@ def to_ask(task, data):
     return {name: superglue.read_task(name, path) for name, path in files.items() if path}
 
 
-def fit(answers, data, args, autocast):
+def fit(answers, data, args, autocast, order=batches):
     """Train `answers` on its task: {"epochs": validation scores, "predictions": of the last, and of AX where the task is RTE,
-    "seconds": of training, without reading and asking}."""
+    "seconds": of training, without reading and asking}. order: makes an epoch's batches, as `batches` does."""
     task, seed, seconds = answers.task, answers.seed, 0.0
     examples = learnable(prepare_all(answers, superglue.read_task(task, Path(data, task, "train.jsonl"))))
     asked = to_ask(task, data)
@@ -332,7 +332,7 @@ def fit(answers, data, args, autocast):
         began = time.perf_counter()
         answers.model.train()
         torch.manual_seed(int(rng(seed, "finetune dropout", epoch).integers(1 << 62)))
-        for part in batches(lengths, args.batch, random.Random(f"{seed} {task} {epoch}")):
+        for part in order(lengths, args.batch, random.Random(f"{seed} {task} {epoch}")):
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(step / (0.06 * total + 1), (total - step) / (0.94 * total))
