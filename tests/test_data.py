@@ -2,6 +2,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +56,33 @@ def test_txt_jsonl_and_gz_hold_the_same_documents(tmp_path, text):
         assert documents_of(corpus, "train") == documents
         assert corpus.meta["replaced_characters"] == 0
         tokenizer = ["--tokenizer", out / "tokenizer.model"]
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_lines_are_encoded_as_their_text_is(corpus, text, tmp_path, prefixed):
+    """Also by a tokenizer that begins every text with a blank, whose lines must not be parted."""
+    ours = Corpus(corpus).tokenizer
+    if prefixed:
+        sentences, model = iter(text), str(tmp_path / "t")
+        prepare.sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences, model_prefix=model, vocab_size=512, byte_fallback=True, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"],
+        )  # fmt: skip
+        ours = prepare.sentencepiece.SentencePieceProcessor(model_file=model + ".model")
+    assert prepare.lines_apart(ours) != prefixed
+    texts = ["", "\n", "one", "\n\n two\n", "\r\n \n\tthree \u2028 \x0b 東京\n 🦖", "\n".join(text[:50]), " \n" * 99]
+    found = prepare.encode_pieces(ours, prepare.lines_apart(ours), [(t, i % 2) for i, t in enumerate(texts)])
+    assert [(t, ends) for t, ends, _ in found] == [(t, i % 2) for i, t in enumerate(texts)]
+    assert [tokens.tolist() for *_, tokens in found] == ours.encode(texts)
+
+
+def test_reading_ahead_is_bounded_and_keeps_the_order():
+    read, given = [], []
+    items = (read.append(i) or i for i in range(50))
+    for result in prepare.ahead(lambda i: time.sleep(0.002 * (i % 3 == 0)) or i, items, 3):
+        given.append(result)
+        assert len(read) - len(given) <= 6
+    assert given == list(range(50))
 
 
 def test_special_tokens_cannot_be_written_by_a_text(corpus):
