@@ -252,7 +252,9 @@ def demo():
 def main():
     about = "Prepare a corpus, or show one masked example of the default one."
     parser = argparse.ArgumentParser(allow_abbrev=False, usage=argparse.SUPPRESS, description=about)
-    parser.add_argument("--input", nargs="+", help="files or folders of .txt, .jsonl, .json (C4), each also .gz")
+    parser.add_argument(
+        "--input", nargs="+", help="files or folders of .txt, .jsonl, .json (C4), each also .gz; hf:NAME (hub.py)"
+    )
     parser.add_argument("--out", help="the folder to write, which must not exist")
     parser.add_argument("--val", nargs="+", help="held-out text; without it a share of the documents is held out")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="that share (default 0.05)")

@@ -36,6 +36,8 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
+import hub
+
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = 5  # ids below this are never masked and never predicted
 PIECE = 1 << 16  # characters of a document handled at once
@@ -101,14 +103,24 @@ def jsonl_pieces(file, name):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{name}, line {number}: expected a JSON object with a string "text"') from None
-        for start in range(0, len(text), PIECE):
-            yield text[start : start + PIECE], start + PIECE >= len(text)
+        yield from cut(text)
+
+
+def cut(text):
+    """One document in pieces."""
+    for start in range(0, len(text), PIECE):
+        yield text[start : start + PIECE], start + PIECE >= len(text)
 
 
 def text_files(paths):
-    """The .txt and .jsonl files, plain or .gz, among `paths` and in the folders among them. ValueError if there are none."""
-    files = []
-    for path in map(Path, paths):
+    """The .txt and .jsonl files, plain or .gz, among `paths` and in the folders among them, and what hf:NAME among them stands
+    for (hub.py). ValueError if there are none."""
+    files, paths = [], [*paths]
+    for path in paths:
+        if str(path).startswith("hf:"):
+            files += hub.rows(str(path))
+            continue
+        path = Path(path)
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
         inside = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
@@ -122,6 +134,9 @@ def text_files(paths):
 def read_files(files):
     """Documents of a list of files, in order. Invalid UTF-8 becomes U+FFFD (counted by the caller), CRLF becomes LF."""
     for path in files:
+        if isinstance(path, hub.Rows):
+            yield from (piece for text in hub.texts(path) for piece in cut(text))
+            continue
         opener = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline=None) as file:
@@ -341,6 +356,11 @@ def encode_part(folder, number, pieces, share, threads=0):
     return json.loads(done.read_text()), np.fromfile(folder / f"{number:05d}.counts", np.int64)
 
 
+def size_of(file):
+    """Bytes of a file; of one that is streamed, a guess that makes it a part of its own."""
+    return PART if isinstance(file, hub.Rows) else file.stat().st_size
+
+
 def parts_of(files):
     """Files in groups of at least PART bytes (the last may be smaller), each for one process."""
     groups, size = [[]], 0
@@ -348,7 +368,7 @@ def parts_of(files):
         if size >= PART:
             groups, size = [*groups, []], 0
         groups[-1].append(file)
-        size += file.stat().st_size
+        size += size_of(file)
     return groups
 
 
@@ -357,7 +377,7 @@ def encode_parts(folder, parts, share):
     workers = min(len(parts), os.cpu_count() or 1)
     if workers < 2:
         return [encode_part(folder, number, part, share(number)) for number, part in enumerate(parts)]
-    sizes, found = [sum(file.stat().st_size for file in part) for part in parts], {}
+    sizes, found = [sum(map(size_of, part)) for part in parts], {}
     bar = tqdm(total=sum(sizes), desc="encoding", unit="B", unit_scale=True, leave=False, disable=None)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         threads = max(1, os.cpu_count() // workers)
@@ -375,7 +395,7 @@ def encode_parts(folder, parts, share):
 
 def sample_of(files):
     """Pieces that the tokenizer may be trained on: of a large corpus, files evenly spread over it, about a gigabyte."""
-    stride = max(1, sum(file.stat().st_size for file in files) >> 30)
+    stride = max(1, sum(map(size_of, files)) >> 30)
     size = 0
     for text, ends in read_files(files[::stride]):
         yield text, ends
@@ -386,7 +406,7 @@ def sample_of(files):
 
 def facts_of(files):
     """What tells one list of files from another: names, sizes, times."""
-    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return [f if isinstance(f, hub.Rows) else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=None, source=""):
