@@ -79,6 +79,47 @@ def test_corruption_rate_and_mean_span(name, seq):
         assert mask[np.arange(rows), n - 1].mean() < 0.25  # not always the tail
 
 
+def counts(read, written, extra):
+    """(tokens of text, of them in spans, spans, tokens read, tokens written) of a row, without mode and end."""
+    spans = int((read >= extra).sum())
+    return len(read) + len(written) - 2 * spans, len(written) - spans, spans, len(read), len(written)
+
+
+def counts_of_t5(t5, denoiser, n, seed):
+    """The same of n tokens of text by the functions that T5 was trained with."""
+    import seqio
+    import tensorflow as tf
+
+    words, vocabulary = tf.range(5, 5 + n), seqio.PassThroughVocabulary(10 * n)  # it counts sentinels down from its end
+    seeds = [(seed, 1), (seed, 2)]
+    mask = t5.random_spans_noise_mask(n, denoiser.rate, seeds=seeds, mean_noise_span_length=float(denoiser.span or n / 4))
+    read = t5.noise_span_to_unique_sentinel(words, mask, vocabulary, seeds).numpy()
+    written = t5.nonnoise_span_to_unique_sentinel(words, mask, vocabulary, seeds).numpy()
+    return counts(read, written, 5 + n)
+
+
+@pytest.mark.parametrize("seq", [512, 1280])
+def test_counts_are_those_of_t5(seq):
+    """Row by row the counts of T5's own code on as many tokens of text, up to what it rounds. (pip install t5; with -s it prints
+    results/denoisers.md.)"""
+    t5 = pytest.importorskip("t5.data.preprocessors", reason="the package `t5` is not installed")
+    for name in UL2.split(","):
+        denoiser, rows = DENOISERS[name], 200
+        tokens, prefix, targets = denoise(text(rows, seq + 1), [name] * rows, VOCAB, seq, rng(0, "t5"))
+        both = []
+        for row in range(rows):
+            ours = counts(tokens[row, 1 : prefix[row]], targets[row, prefix[row] - 1 : -1], VOCAB)
+            both.append((ours, counts_of_t5(t5, denoiser, ours[0], row)))
+        ours, theirs = np.array(both).transpose(1, 0, 2)
+        print(f"| {name}, {seq} | " + " | ".join(f"{a:.1f}, {b:.1f}" for a, b in zip(ours.mean(0), theirs.mean(0))) + " |")
+        assert (ours[:, 0] == theirs[:, 0]).all()
+        if denoiser.span:  # the prefix language model's tail is of random length here
+            assert abs(ours[:, 1] - theirs[:, 1]).max() <= 2 and abs(ours[:, 2] - theirs[:, 2]).max() <= 2
+            assert abs(ours[:, 3:] - theirs[:, 3:]).max() <= 4
+        else:
+            assert ours[:, 1].mean() == pytest.approx(theirs[:, 1].mean(), rel=0.05) and (ours[:, 2] == theirs[:, 2]).all()
+
+
 def test_a_prefix_language_model_writes_a_quarter():
     mask, n = span_mask(DENOISERS["s"], 4000, 512, rng(0, "m"))
     assert mask.sum() / n.sum() == pytest.approx(0.25, rel=0.02)
