@@ -2,12 +2,15 @@
 
     python bench.py                     everything below, on this machine
     python bench.py --only paths        a full step against paths of 6, 8, 10 of 12 layers
+    python bench.py --only ul2          the same of a UL2 decoder
     python bench.py --only methods      every method over a whole run, and a growth
     python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
     python bench.py --only over         what hf.over saves of a step of `transformers`' BERT and Llama, if that is installed
     python bench.py --only data         what making a batch takes of a step
     python bench.py --only reliability  what checks, log and checkpoints take of the toy
     python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
+    python bench.py --only loss         cross-entropy in chunks (--loss_chunk) against all at once, large vocabularies
+    python bench.py --only encoding     text to token shards on all cores against sentencepiece alone (--input: your own text)
 
 Each round times one step of every candidate, one after another, so that a slow moment of the machine hits all of them;
 a ratio is the median over the rounds of that round's ratio, unless it says otherwise. Let nothing else run meanwhile.
@@ -16,10 +19,14 @@ efficiency of a path = (time of a full step / time of its step) / (FLOPs of a fu
 """
 
 import argparse
+import dataclasses
+import gzip
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
+import denoisers
 import hf
 import methods
 import model as transformer
@@ -92,8 +100,22 @@ def our_step(config, size, dtype, compile=False):
     return trainer(model, lambda subnetwork: model(batch, subnetwork) / batch[2].numel(), dtype)
 
 
-def bench_paths(args, config, report):
-    step = our_step(config, args.batch, args.dtype, args.compile)
+def ul2_step(config, size, dtype, compile=False):
+    """(a step, targets in a row of its batch, in the mean) of a UL2 decoder on rows of the published mixture."""
+    words = config.vocab - denoisers.extra_tokens(config.seq)
+    generator = data.rng(0, "bench")
+    names = [*denoisers.UL2.split(",")] * size
+    rows = denoisers.denoise(
+        generator.integers(prepare.SPECIAL, words, (size, config.seq - 1)), names[:size], words, config.seq, generator
+    )
+    model, batch = transformer.UL2(config), [torch.from_numpy(part) for part in rows]
+    count = int((batch[2] != data.NO_TARGET).sum())
+    if compile:
+        train.compile_blocks(model)
+    return trainer(model, lambda subnetwork: model(batch, subnetwork) / count, dtype), count / size
+
+
+def compare_paths(args, config, step, targets, report, name="efficiency"):
     L = config.layers
     lengths = [L // 2, 2 * L // 3, 5 * L // 6]  # 6, 8, 10 of 12
     paths = {k: RaPTr([Stage(1, 10**9, k)], L, {0, L - 1}) for k in lengths}
@@ -101,16 +123,30 @@ def bench_paths(args, config, report):
     candidates = {"full": lambda: step(None)}
     candidates |= {k: lambda k=k: step(paths[k].subnetwork(next(turn))) for k in lengths}  # a new path each time
     times = interleaved(candidates, args.rounds)
-    slots = data.masked_per_window(config.seq)
-    cost = {k: transformer.flops(config, args.batch, slots, k) for k in [*lengths, L]}
-    print(f"  paths, {args.dtype}{', compiled' if args.compile else ''}      step    FLOPs    speed-up   ideal   efficiency")
+    cost = {k: transformer.flops(config, args.batch, targets, k) for k in [*lengths, L]}
+    label = f"{config.arch}, {args.dtype}{', compiled' if args.compile else ''}"
+    print(f"  paths, {label:24} step    FLOPs    speed-up   ideal   efficiency")
     print(f"    full, {L} layers     {median(times['full']) * 1e3:6.1f} ms")
     for k in lengths:
         speed = median([a / b for a, b in zip(times["full"], times[k])])
         ideal = cost[L] / cost[k]
         took, share = median(times[k]) * 1e3, cost[k] / cost[L]
         print(f"    path of {k:2}          {took:6.1f} ms  {share:6.1%}   {speed:8.3f}  {ideal:6.3f}   {speed / ideal:10.3f}")
-        report[f"efficiency_{k}_of_{L}"] = speed / ideal
+        report[f"{name}_{k}_of_{L}"] = speed / ideal
+
+
+def bench_paths(args, config, report):
+    step = our_step(config, args.batch, args.dtype, args.compile)
+    compare_paths(args, config, step, data.masked_per_window(config.seq), report)
+
+
+def bench_ul2(args, config, report):
+    """The block of configs/ul2_1p6b.toml and ul2_toy.toml: gated, RMS norms, rotary positions, MLP 2.5 times the width."""
+    vocab = config.vocab + denoisers.extra_tokens(config.seq)
+    shape = {"arch": "ul2", "vocab": vocab, "mlp": 5 * config.width // 2, "gated": True, "rms": True, "positions": "rotary"}
+    config = dataclasses.replace(config, **shape)
+    step, targets = ul2_step(config, args.batch, args.dtype, args.compile)
+    compare_paths(args, config, step, targets, report, "efficiency_ul2")
 
 
 def bench_methods(args, config, report):
@@ -161,7 +197,9 @@ def their_step(kind, config, size, dtype):
 
 
 def worker(args, config):
-    """One program of the comparison below, in a process of its own: takes a step for every line it reads."""
+    """One program of a comparison, in a process of its own: takes a step for every line it reads."""
+    if args.worker.startswith("loss"):
+        return loss_worker(args, config)
     if args.worker.startswith("ours") or args.worker.endswith("steady memory"):
         train.steady_memory()
     if args.worker.startswith("ours"):
@@ -174,20 +212,22 @@ def worker(args, config):
         print("done", flush=True)
 
 
+def hire(name):
+    command = [sys.executable, *sys.argv, "--worker", name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "done\n"
+
+
 def bench_rival(args, config, report):
     if not importlib.util.find_spec("transformers"):
         return print("  rival: transformers is not installed (pip install transformers); not run")
     names = ["ours", "ours, compiled", "sdpa", "eager", "sdpa, steady memory", "eager, steady memory"]
-    workers = {}
-    for name in names:
-        command = [sys.executable, *sys.argv, "--worker", name]
-        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(process):
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "done\n"
-
+    workers = {name: hire(name) for name in names}
     times = interleaved({name: lambda process=process: ask(process) for name, process in workers.items()}, args.rounds, pause=0.3)
     for process in workers.values():
         process.communicate()
@@ -306,14 +346,129 @@ def bench_memory(args, config, report):
             report[f"peak_bytes_{name.replace(' ', '_')}"] = peak
 
 
+LOSS_TARGETS, LOSS_CHUNK = 1024, 128
+
+
+def loss_worker(args, config):
+    """Forward and backward of one cross-entropy for every line read, after a first line that asks for nothing."""
+    train.steady_memory()
+    _, vocab, chunk = args.worker.split(",")
+    config = dataclasses.replace(config, arch="ul2", layers=0, vocab=int(vocab), loss_chunk=int(chunk))
+    model, x = transformer.UL2(config), torch.randn(LOSS_TARGETS, config.width, requires_grad=True)
+    targets = torch.randint(prepare.SPECIAL, config.vocab, (LOSS_TARGETS,))
+    for number, _ in enumerate(sys.stdin):
+        if number:
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss = model.cross_entropy(x, targets)
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+        print("done", flush=True)
+
+
+def memory_of(pid, what):
+    """Bytes of a process: what it has (VmRSS), or had at most (VmHWM)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return [int(line.split()[1]) for line in lines if line.startswith(what)][0] * 1024
+
+
+def bench_loss(args, config, report):
+    if not Path("/proc/self/status").exists():
+        return print("  loss: memory is read from /proc, which this system does not have; not run")
+    print(f"  cross-entropy of {LOSS_TARGETS} targets, width {config.width}, {args.dtype}: peak memory beside the model's own;")
+    print(f"    vocabulary   at once, MiB   in chunks of {LOSS_CHUNK}, MiB   of the memory   of the time")
+    for vocab in (32_768, 131_072, 256_000):
+        workers = {chunk: hire(f"loss,{vocab},{chunk}") for chunk in (0, LOSS_CHUNK)}
+        for process in workers.values():
+            ask(process)
+        before = {chunk: memory_of(process.pid, "VmRSS") for chunk, process in workers.items()}
+        calls = {chunk: lambda process=process: ask(process) for chunk, process in workers.items()}
+        times = interleaved(calls, max(3, args.rounds // 3), warmup=1, pause=0.3)
+        peak = {chunk: memory_of(process.pid, "VmHWM") - before[chunk] for chunk, process in workers.items()}
+        for process in workers.values():
+            process.communicate()
+        memory = peak[LOSS_CHUNK] / peak[0]
+        duration = median([b / a for a, b in zip(times[0], times[LOSS_CHUNK])])
+        print(
+            f"    {vocab:10,}   {peak[0] / 2**20:12,.0f}   {peak[LOSS_CHUNK] / 2**20:22,.0f}   {memory:13.2f}   {duration:11.2f}"
+        )
+        report |= {f"loss_chunk_memory_{vocab}": memory, f"loss_chunk_time_{vocab}": duration}
+
+
+PREPARE = """
+import json, os, sys, time
+import prepare
+if __name__ == "__main__":
+    files, out, tokenizer = prepare.text_files(sys.argv[3:]), sys.argv[1], sys.argv[2]
+    began, before = time.perf_counter(), sum(os.times()[:4])
+    prepare.prepare(files, out, 0, tokenizer=tokenizer)
+    took, worked = time.perf_counter() - began, sum(os.times()[:4]) - before
+    meta = json.load(open(os.path.join(out, "meta.json")))
+    print(json.dumps([sum(meta[split]["tokens"] - meta[split]["documents"] for split in ("train", "val")), took, worked]))
+"""
+
+
+def manual_files(folder, count):
+    """`count` files of the manual, each repeated until it is a part of its own to prepare.py."""
+    text = "\n\n".join(document for document, _ in prepare.manual()) + "\n\n"
+    files = [folder / f"{number}.txt" for number in range(count)]
+    for file in files:
+        file.write_text(text * (prepare.PART // len(text) + 1))
+    return files
+
+
+def bench_encoding(args, config, report):
+    """Tokens a second of prepare.py on all cores, starting its processes included, the tokenizer given."""
+    cores = os.cpu_count()
+    tokenizer = prepare.prepared() / "tokenizer.model"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if args.input:
+            files = {"the given text": args.input}
+        else:
+            made = manual_files(folder, 4 * cores)
+            with gzip.open(folder / "all.txt.gz", "wb", 1) as file:
+                file.writelines(part.read_bytes() for part in made[:cores])
+            files = {f"{len(made)} files": made, "one .txt.gz": [folder / "all.txt.gz"]}
+        texts, size = [], 0
+        for text, _ in prepare.cleaned(prepare.read_files(prepare.text_files([*files.values()][0]))):
+            texts, size = [*texts, text], size + len(text)
+            if size > prepare.PART // 2:
+                break
+        encoder = prepare.load_tokenizer(tokenizer)
+        rates = {name: [] for name in ["alone", *files]}  # (tokens a second, tokens a second of processor time)
+        for _ in range(max(3, args.rounds // 5)):
+            began, before = time.perf_counter(), time.process_time()
+            count = sum(len(encoder.encode(text)) for text in texts)
+            rates["alone"].append((count / (time.perf_counter() - began), count / (time.process_time() - before)))
+            for name, given in files.items():
+                command = [sys.executable, "-c", PREPARE, folder / "out", tokenizer, *given]
+                env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+                shown = subprocess.run([*map(str, command)], env=env, capture_output=True, check=True)
+                count, took, worked = json.loads(shown.stdout)
+                rates[name].append((count / took, count / worked))
+                shutil.rmtree(folder / "out")
+    alone = median([rate for rate, _ in rates["alone"]])
+    version = importlib.metadata.version("sentencepiece")
+    print(f"  encoding, {cores} cores: sentencepiece {version} alone, one process {alone:11,.0f} tokens/s")
+    for name in files:
+        rate, pairs = median([rate for rate, _ in rates[name]]), [*zip(rates[name], rates["alone"])]
+        ratio, worked = median([a[0] / b[0] / cores for a, b in pairs]), median([a[1] / b[1] for a, b in pairs])
+        print(f"    prepare.py, {name:14} {rate:11,.0f} tokens/s, {ratio:.3f} of {cores} times that", end="")
+        print(f"; {worked:.2f} times the tokens of sentencepiece in a second of processor time")
+        report[f"encoding_{name.replace(' ', '_')}"] = ratio
+
+
 BENCHES = {
     "paths": bench_paths,
+    "ul2": bench_ul2,
     "methods": bench_methods,
     "rival": bench_rival,
     "over": bench_over,
     "data": bench_data,
     "reliability": bench_reliability,
     "memory": bench_memory,
+    "loss": bench_loss,
+    "encoding": bench_encoding,
 }
 
 
@@ -329,6 +484,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--input", nargs="+", help="text for --only encoding; without it the manual, repeated")
     parser.add_argument("--json", help="write the figures to this file too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
