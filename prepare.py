@@ -29,7 +29,7 @@ import sys
 import sysconfig
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -305,14 +305,22 @@ def lines_apart(tokenizer):
 
 
 def encode_pieces(tokenizer, apart, batch):
-    """[(text, ends, its tokens), ...] of a list of pieces."""
-    lines = [text.split("\n") if apart else [text] for text, _ in batch]
-    lines = [[*(line + "\n" for line in own[:-1]), own[-1]] for own in lines]
-    ids = tokenizer.encode([*chain(*lines)], out_type=int, num_threads=1)  # other threads run meanwhile
-    begins = np.cumsum([0, *map(len, ids)])  # of each line, among all tokens
-    cuts = begins[np.cumsum([len(own) for own in lines])]
-    tokens = np.split(np.fromiter(chain(*ids), np.int32), cuts[:-1])
-    return [(text, ends, own) for (text, ends), own in zip(batch, tokens)]
+    """(a list of pieces, their tokens, [SEP] after each that ends a document, and how many tokens each has)."""
+    lines, counts = [], []
+    for text, _ in batch:
+        own = text.split("\n") if apart else [text]
+        lines += [line + "\n" for line in own[:-1]]
+        lines.append(own[-1])
+        counts.append(len(own))
+    encoded = iter(tokenizer.encode(lines, out_type=int, num_threads=1))  # other threads run meanwhile
+    tokens, ends_at = [], [0]
+    for (_, ends), count in zip(batch, counts):
+        for ids in islice(encoded, count):
+            tokens += ids
+        if ends:
+            tokens.append(SEP)
+        ends_at.append(len(tokens))
+    return batch, np.array(tokens, np.int32), np.diff(ends_at)
 
 
 def write_documents(pieces, choose, tokenizer, writers, threads=0):
@@ -320,19 +328,16 @@ def write_documents(pieces, choose, tokenizer, writers, threads=0):
     Returns the number of replacement characters seen: what was not valid UTF-8, a NUL, half a character."""
     split, replaced = None, 0  # the split of the document we are in
     encode = functools.partial(encode_pieces, tokenizer, lines_apart(tokenizer))
-    for batch in ahead(encode, batched(pieces), threads or os.cpu_count()):
-        tokens = {name: [] for name in writers}
-        for text, ends, own in batch:
+    for batch, tokens, lengths in ahead(encode, batched(pieces), threads or os.cpu_count()):
+        where = []
+        for (text, ends), length in zip(batch, lengths.tolist()):
             replaced += text.count("\ufffd")
-            if len(own):
-                split = split or choose(text)
-                tokens[split].append(own)
-            if ends and split:
-                tokens[split].append([SEP])
-                split = None
+            if split is None and length > ends:
+                split = choose(text)
+            where.append(split)  # None: a document without a token, of which not even [SEP] is kept
+            split = None if ends else split
         for name, writer in writers.items():
-            if tokens[name]:
-                writer.write(np.concatenate(tokens[name]))
+            writer.write(tokens[np.repeat(np.array([own == name for own in where], bool), lengths)])
     return replaced
 
 

@@ -71,9 +71,10 @@ def test_lines_are_encoded_as_their_text_is(corpus, text, tmp_path, prefixed):
         ours = prepare.sentencepiece.SentencePieceProcessor(model_file=model + ".model")
     assert prepare.lines_apart(ours) != prefixed
     texts = ["", "\n", "one", "\n\n two\n", "\r\n \n\tthree \u2028 \x0b 東京\n 🦖", "\n".join(text[:50]), " \n" * 99]
-    found = prepare.encode_pieces(ours, prepare.lines_apart(ours), [(t, i % 2) for i, t in enumerate(texts)])
-    assert [(t, ends) for t, ends, _ in found] == [(t, i % 2) for i, t in enumerate(texts)]
-    assert [tokens.tolist() for *_, tokens in found] == ours.encode(texts)
+    pieces = [(t, i % 2 == 1) for i, t in enumerate(texts)]
+    batch, tokens, lengths = prepare.encode_pieces(ours, prepare.lines_apart(ours), pieces)
+    found = [own.tolist() for own in np.split(tokens, np.cumsum(lengths))[:-1]]
+    assert batch == pieces and found == [ids + [SEP] * ends for ids, (_, ends) in zip(ours.encode(texts), pieces)]
 
 
 def test_reading_ahead_is_bounded_and_keeps_the_order():
