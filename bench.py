@@ -2,6 +2,7 @@
 
     python bench.py                     everything below, on this machine
     python bench.py --only paths        a full step against paths of 6, 8, 10 of 12 layers
+    python bench.py --only width        the same in width: parts of the heads and hidden neurons of all layers
     python bench.py --only ul2          the same of a UL2 decoder
     python bench.py --only methods      every method over a whole run, and a growth
     python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
@@ -48,6 +49,7 @@ import parallel
 import prepare
 import stacking
 import train
+import width
 from raptr import RaPTr, Stage, whole
 
 HERE = Path(__file__).parent
@@ -71,9 +73,9 @@ def interleaved(candidates, rounds, warmup=3, pause=0.0):
     return times
 
 
-def trainer(model, loss, dtype):
+def trainer(model, loss, dtype, optimizer=None):
     """A whole training step, as train.py takes it: forward, backward, clipping, fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def step(*arguments):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -97,7 +99,16 @@ def our_step(config, size, dtype, compile=False):
     model, batch = transformer.BERT(config), make_batch(config, size)
     if compile:
         train.compile_blocks(model)
-    return trainer(model, lambda subnetwork: model(batch, subnetwork) / batch[2].numel(), dtype)
+    optimizer = train.make_optimizer(model, options.parse([]))
+    inside = trainer(model, lambda subnetwork: model(batch, subnetwork) / batch[2].numel(), dtype, optimizer)
+
+    def step(subnetwork):
+        taken = width.cut(model, subnetwork, optimizer)
+        loss = inside(subnetwork)
+        width.put(model, taken)
+        return loss
+
+    return step
 
 
 def ul2_step(config, size, dtype, compile=False):
@@ -115,29 +126,36 @@ def ul2_step(config, size, dtype, compile=False):
     return trainer(model, lambda subnetwork: model(batch, subnetwork) / count, dtype), count / size
 
 
-def compare_paths(args, config, step, targets, report, name="efficiency"):
+def compare_paths(args, config, step, targets, report, name="efficiency", part="depth"):
     L = config.layers
-    lengths = [L // 2, 2 * L // 3, 5 * L // 6]  # 6, 8, 10 of 12
-    paths = {k: RaPTr([Stage(1, 10**9, k)], L, {0, L - 1}) for k in lengths}
+    lengths = [L // 2, 2 * L // 3, 5 * L // 6] if part == "depth" else [L // 2, 3 * L // 4]  # whole numbers of layers, of heads
+    paths = {k: RaPTr([Stage(1, 10**9, k)], L, {0, L - 1}, part=part, slices=config.heads) for k in lengths}
     turn = iter(range(1, 10**9))
     candidates = {"full": lambda: step(None)}
     candidates |= {k: lambda k=k: step(paths[k].subnetwork(next(turn))) for k in lengths}  # a new path each time
     times = interleaved(candidates, args.rounds)
     cost = {k: transformer.flops(config, args.batch, targets, k) for k in [*lengths, L]}
-    label = f"{config.arch}, {args.dtype}{', compiled' if args.compile else ''}"
-    print(f"  paths, {label:24} step    FLOPs    speed-up   ideal   efficiency")
-    print(f"    full, {L} layers     {median(times['full']) * 1e3:6.1f} ms")
+    label = f"{config.arch}, {part}, {args.dtype}{', compiled' if args.compile else ''}"
+    print(f"  paths, {label:30} step    FLOPs    speed-up   ideal   efficiency")
+    print(f"    full, {L} layers           {median(times['full']) * 1e3:6.1f} ms")
     for k in lengths:
         speed = median([a / b for a, b in zip(times["full"], times[k])])
         ideal = cost[L] / cost[k]
         took, share = median(times[k]) * 1e3, cost[k] / cost[L]
-        print(f"    path of {k:2}          {took:6.1f} ms  {share:6.1%}   {speed:8.3f}  {ideal:6.3f}   {speed / ideal:10.3f}")
-        report[f"{name}_{k}_of_{L}"] = speed / ideal
+        own = speed / ideal
+        print(f"    path of {k:2}                {took:6.1f} ms  {share:6.1%}   {speed:8.3f}  {ideal:6.3f}   {own:10.3f}")
+        report[f"{name}_{k}_of_{L}"] = own
 
 
 def bench_paths(args, config, report):
     step = our_step(config, args.batch, args.dtype, args.compile)
     compare_paths(args, config, step, data.masked_per_window(config.seq), report)
+
+
+def bench_width(args, config, report):
+    """Half and three quarters of the heads and hidden neurons of all layers, in place of as many layers."""
+    step = our_step(config, args.batch, args.dtype, args.compile)
+    compare_paths(args, config, step, data.masked_per_window(config.seq), report, "efficiency_width", "width")
 
 
 def bench_ul2(args, config, report):
@@ -460,6 +478,7 @@ def bench_encoding(args, config, report):
 
 BENCHES = {
     "paths": bench_paths,
+    "width": bench_width,
     "ul2": bench_ul2,
     "methods": bench_methods,
     "rival": bench_rival,

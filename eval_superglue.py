@@ -234,11 +234,13 @@ class Answers:
         return "\n\n".join([*parts, asked]), choices
 
     def continuation(self, asked, choice):
-        """(tokens, prefix): [S] text, then the answer and [SEP]. What is too long loses its beginning."""
-        answer = [*self.tokenizer.encode(choice), self.tokenizer.eos_id()]
-        room = self.model.config.seq - len(answer)
-        text = self.tokenizer.encode(asked)[-max(0, room - 1) :]
-        return [self.tokenizer.vocab_size() + MODES.index("[S]"), *text, *answer], 1 + len(text)
+        """(tokens, prefix): [S] text <0>, which is read, then <0> and the answer and [SEP], as the S-denoiser has it. What is
+        too long loses its beginning."""
+        answer, words = [*self.tokenizer.encode(choice), self.tokenizer.eos_id()], self.tokenizer.vocab_size()
+        mode, gap = words + MODES.index("[S]"), words + len(MODES)
+        room = self.model.config.seq - len(answer) - 3
+        text = self.tokenizer.encode(asked)[-room:] if room > 0 else []
+        return [mode, *text, gap, gap, *answer], 2 + len(text)
 
     def likelihood(self, rows):
         """Log-likelihood (rows,) of each row's answer."""
@@ -247,7 +249,7 @@ class Answers:
         prefix = torch.tensor([prefix for _, prefix in rows], device=device)
         states = self.model.states(tokens, prefix)
         place = torch.arange(1, tokens.shape[1], device=device)
-        written = (place >= prefix[:, None]) & (place < torch.tensor([[len(t)] for t, _ in rows], device=device))
+        written = (place > prefix[:, None]) & (place < torch.tensor([[len(t)] for t, _ in rows], device=device))
         logits = self.model.predict(states[:, :-1][written])
         each = -F.cross_entropy(logits.float(), tokens[:, 1:][written], reduction="none")
         return torch.zeros(len(rows), device=device).index_add(0, written.nonzero()[:, 0], each)
