@@ -29,7 +29,8 @@ import eval_superglue
 import hf
 import superglue
 from bench import interleaved, median, trainer
-from eval_superglue import Answers, batches, padded
+from eval_superglue import Answers
+from padding import batches, padded
 from train import choose_machine, steady_memory
 
 

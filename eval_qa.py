@@ -40,7 +40,7 @@ import prepare
 import qa
 from data import rng
 from denoisers import MODES
-from eval_superglue import batches
+from padding import batches
 from sample import load_run
 from spans import Spans, windows
 from train import choose_machine, parameter_groups, steady_memory

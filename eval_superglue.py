@@ -32,6 +32,7 @@ import checkpoint
 import superglue
 from data import rng
 from denoisers import MODES
+from padding import batches, padded
 from sample import load_run
 from superglue import MAIN, TASKS
 from train import choose_machine, parameter_groups, steady_memory
@@ -129,26 +130,6 @@ def prompt(task, f):
 # Rows of tokens, answered in batches of about the same length
 
 
-def batches(lengths, size, generator=None):
-    """Indices in lists of `size`, of about the same length. generator: in a random order, else in that of length."""
-    order = list(range(len(lengths)))
-    if generator:
-        generator.shuffle(order)
-        pool = 32 * size  # sorted among so many
-        order = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)]
-    else:
-        order.sort(key=lengths.__getitem__)
-    found = [order[at : at + size] for at in range(0, len(order), size)]
-    if generator:
-        generator.shuffle(found)
-    return found
-
-
-def padded(rows, fill, device):
-    longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
-
-
 class Classifier(torch.nn.Module):
     """A BERT with a fresh head: `outputs` logits from the state of [CLS], or (outputs = 1) one score a candidate."""
 
@@ -197,14 +178,8 @@ class Answers:
     `predict` take a list of prepared examples."""
 
     def __init__(self, model, tokenizer, task, longest, seed, shots=None, examples=()):
-        self.model, self.tokenizer, self.task, self.shots, self.examples, self.seed = (
-            model,
-            tokenizer,
-            task,
-            shots,
-            examples,
-            seed,
-        )
+        self.model, self.tokenizer, self.task, self.seed = model, tokenizer, task, seed
+        self.shots, self.examples = shots, examples
         self.bert = model.config.arch == "bert"
         if self.bert:
             outputs = 1 if task in ("COPA", "ReCoRD") else len(TASKS[task].labels)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from eval_superglue import padded
+from padding import padded
 
 
 class Window(NamedTuple):

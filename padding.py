@@ -1,0 +1,25 @@
+"""Texts of different length in one batch: such as are about equally long, filled up to the longest. For evaluation; batches for
+training have one length (data.py)."""
+
+import torch
+
+
+def batches(lengths, size, generator=None):
+    """Indices in lists of `size`, of about the same length. generator: in a random order, else in that of length."""
+    order = list(range(len(lengths)))
+    if generator:
+        generator.shuffle(order)
+        pool = 32 * size  # sorted among so many
+        order = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)]
+    else:
+        order.sort(key=lengths.__getitem__)
+    found = [order[at : at + size] for at in range(0, len(order), size)]
+    if generator:
+        generator.shuffle(found)
+    return found
+
+
+def padded(rows, fill, device):
+    """Tensor (rows, longest) of lists of token ids, filled up at their ends."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
