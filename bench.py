@@ -434,46 +434,62 @@ def manual_files(folder, count):
     return files
 
 
+def rates_of(call):
+    """Tokens a second, and a second of processor time, of a call that gives lists of them."""
+    began, before = time.perf_counter(), time.process_time()
+    count = sum(map(len, call()))
+    return count / (time.perf_counter() - began), count / (time.process_time() - before)
+
+
+def rates_of_preparing(files, folder, tokenizer):
+    """The same of prepare.py, in a process of its own, without that one's start, with the start of those it starts."""
+    command = [sys.executable, "-c", PREPARE, folder / "out", tokenizer, *files]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    shown = subprocess.run([*map(str, command)], env=env, stdout=subprocess.PIPE, check=True).stdout
+    shutil.rmtree(folder / "out")
+    count, took, worked = json.loads(shown)
+    return count / took, count / worked
+
+
+def some_documents(files):
+    """Pieces of the first documents, as prepare.py encodes them."""
+    texts, size = [], 0
+    for text, _ in prepare.cleaned(prepare.read_files(prepare.text_files(files))):
+        texts.append(text)
+        size += len(text)
+        if size > prepare.PART // 2:
+            break
+    return texts
+
+
 def bench_encoding(args, config, report):
-    """Tokens a second of prepare.py on all cores, starting its processes included, the tokenizer given."""
-    cores = os.cpu_count()
-    tokenizer = prepare.prepared() / "tokenizer.model"
+    """Tokens a second of prepare.py on all cores, the tokenizer given, against sentencepiece's own of the same documents."""
+    cores, tokenizer = os.cpu_count(), prepare.prepared() / "tokenizer.model"
+    encoder = prepare.load_tokenizer(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.input:
-            files = {"the given text": args.input}
+            files = {"prepare.py, the given text": args.input}
         else:
             made = manual_files(folder, 4 * cores)
             with gzip.open(folder / "all.txt.gz", "wb", 1) as file:
                 file.writelines(part.read_bytes() for part in made[:cores])
-            files = {f"{len(made)} files": made, "one .txt.gz": [folder / "all.txt.gz"]}
-        texts, size = [], 0
-        for text, _ in prepare.cleaned(prepare.read_files(prepare.text_files([*files.values()][0]))):
-            texts, size = [*texts, text], size + len(text)
-            if size > prepare.PART // 2:
-                break
-        encoder = prepare.load_tokenizer(tokenizer)
-        rates = {name: [] for name in ["alone", *files]}  # (tokens a second, tokens a second of processor time)
-        for _ in range(max(3, args.rounds // 5)):
-            began, before = time.perf_counter(), time.process_time()
-            count = sum(len(encoder.encode(text)) for text in texts)
-            rates["alone"].append((count / (time.perf_counter() - began), count / (time.process_time() - before)))
-            for name, given in files.items():
-                command = [sys.executable, "-c", PREPARE, folder / "out", tokenizer, *given]
-                env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-                shown = subprocess.run([*map(str, command)], env=env, capture_output=True, check=True)
-                count, took, worked = json.loads(shown.stdout)
-                rates[name].append((count / took, count / worked))
-                shutil.rmtree(folder / "out")
-    alone = median([rate for rate, _ in rates["alone"]])
-    version = importlib.metadata.version("sentencepiece")
+            files = {f"prepare.py, {len(made)} files": made, "prepare.py, one .txt.gz": [folder / "all.txt.gz"]}
+        texts = some_documents([*files.values()][0])
+        calls = {
+            "alone": lambda: rates_of(lambda: map(encoder.encode, texts)),
+            f"sentencepiece, {cores} threads": lambda: rates_of(lambda: encoder.encode(texts, num_threads=cores)),
+        }  # the latter: what this machine's cores are worth to sentencepiece itself
+        calls |= {name: lambda given=given: rates_of_preparing(given, folder, tokenizer) for name, given in files.items()}
+        rounds = [{name: call() for name, call in calls.items()} for _ in range(max(3, args.rounds // 5))]
+    version, alone = importlib.metadata.version("sentencepiece"), median([found["alone"][0] for found in rounds])
     print(f"  encoding, {cores} cores: sentencepiece {version} alone, one process {alone:11,.0f} tokens/s")
-    for name in files:
-        rate, pairs = median([rate for rate, _ in rates[name]]), [*zip(rates[name], rates["alone"])]
-        ratio, worked = median([a[0] / b[0] / cores for a, b in pairs]), median([a[1] / b[1] for a, b in pairs])
-        print(f"    prepare.py, {name:14} {rate:11,.0f} tokens/s, {ratio:.3f} of {cores} times that", end="")
-        print(f"; {worked:.2f} times the tokens of sentencepiece in a second of processor time")
-        report[f"encoding_{name.replace(' ', '_')}"] = ratio
+    for name in [*calls][1:]:
+        rate = median([found[name][0] for found in rounds])
+        ratio, worked = (median([found[name][i] / found["alone"][i] for found in rounds]) for i in (0, 1))
+        print(f"    {name:28} {rate:11,.0f} tokens/s, {ratio / cores:.3f} of {cores} times that", end="")
+        print(f"; {worked:.2f} times as many in a second of processor time")
+        report[f"encoding_{name.replace(',', '').replace(' ', '_')}"] = ratio / cores
 
 
 BENCHES = {
@@ -507,6 +523,10 @@ def main():
     parser.add_argument("--json", help="write the figures to this file too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    try:
+        _ = args.input and prepare.text_files(args.input)
+    except ValueError as error:
+        parser.exit(2, f"bench.py: --input {error}\n")
     torch.manual_seed(0)
     config = transformer.Config(args.layers, args.width, args.heads, 4 * args.width, args.seq, args.vocab, 0.0)
     if args.worker:
