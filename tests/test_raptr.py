@@ -153,3 +153,14 @@ def test_no_torch_and_a_demo():
     assert "1.333 times" in shown and shown.count("██") > 50
     bad = subprocess.run([sys.executable, "raptr.py", "--stages", "8-6"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+
+
+def test_the_readmes_own_method_in_twenty_lines():
+    block = (ROOT / "README.md").read_text().split("`window.py`:\n\n```python\n")[1].split("```")[0]
+    assert len([line for line in block.splitlines() if line]) <= 20
+    exec(block, names := {})
+    method = names["Window"](stage_plan([6, 9, 12], 300, 12), 12, seed=0)
+    for step in (1, 50, 100, 101, 200):
+        kept = method.subnetwork(step).layers
+        assert len(kept) == (6 if step <= 100 else 9) and kept == tuple(range(kept[0], kept[-1] + 1)) and kept[-1] < 12
+    assert method.subnetwork(201) is None and mean_layers(method, 300) == 9
