@@ -16,31 +16,44 @@ ROWS = {"heads": ("attention.qkv.weight", "attention.qkv.bias"), "neurons": ("ml
 COLUMNS = {"heads": ("attention.out.weight",), "neurons": ("mlp.down.weight",)}
 
 
-def sliced(tensor, name, config):
-    """A weight of a block, seen as (parts, slices, rest); a part (queries, keys or values; one half of a gated MLP; one row of
-    what writes to the stream) holds every slice once."""
-    parts = {"attention.qkv": 3, "mlp.up": 2 if config.gated else 1}.get(name.rpartition(".")[0], len(tensor))
-    return tensor.view(parts, config.heads, -1)
+def slices(tensor, name, config):
+    """Tensors of the form of a block's weight, one above the other, seen as (tensors, parts, slices, rest); a part (queries,
+    keys or values; one half of a gated MLP; one row of what writes to the stream) holds every slice once."""
+    parts = {"attention.qkv": 3, "mlp.up": 2 if config.gated else 1}.get(name.rpartition(".")[0], tensor.shape[1])
+    return tensor.view(len(tensor), parts, config.heads, -1)
+
+
+def together(p, moments):
+    """A weight and its moments one above the other in one tensor, of which they become views: one copy then moves all."""
+    if not hasattr(p, "together") or p.together.data_ptr() != p.data_ptr():
+        p.together = torch.stack([p.data, moments["exp_avg"], moments["exp_avg_sq"]])
+        p.data, moments["exp_avg"], moments["exp_avg_sq"] = p.together
+    return p.together
 
 
 def cut(model, subnetwork, optimizer=None):
     """Narrow the blocks of `subnetwork` to its width, in place, with their moments. Returns what `put` takes back: a list, empty
     if their width is whole."""
-    taken, config = [], model.config
+    taken = []
     for i, layer in enumerate(subnetwork.layers if subnetwork and subnetwork.width else ()):
         weights = dict(model.blocks[layer].named_parameters())
         for kind in ("heads", "neurons"):
             kept = torch.tensor(getattr(subnetwork.width, kind)[i], device=model.bias.device)
             for name in ROWS[kind] + COLUMNS[kind]:
-                p = weights[name]
-                shape = (len(p), -1) if name in COLUMNS[kind] else (-1, *p.shape[1:])
-                moments = optimizer.state[p] if optimizer else {}
-                wide = {"data": p.data} | {key: value for key, value in moments.items() if value.shape == p.shape}
-                narrow = {key: sliced(value, name, config).index_select(1, kept).view(shape) for key, value in wide.items()}
-                p.data = narrow.pop("data")
-                moments.update(narrow)
-                taken.append((p, name, kept, moments, wide))
+                p, moments = weights[name], optimizer.state[weights[name]] if optimizer else None
+                wide = together(p, moments) if optimizer else p.data[None]
+                shape = (len(wide), len(p), -1) if name in COLUMNS[kind] else (len(wide), -1, *p.shape[1:])
+                narrow = slices(wide, name, model.config).index_select(2, kept)
+                taken.append((p, name, kept, moments, wide, narrow))
+                point(p, moments, narrow.view(shape))
     return taken
+
+
+def point(p, moments, tensors):
+    """Let a weight, and its moments if there are any, be these tensors."""
+    p.data = tensors[0]
+    if moments:
+        moments["exp_avg"], moments["exp_avg_sq"] = tensors[1:]
 
 
 @torch.no_grad()
@@ -48,16 +61,15 @@ def put(model, taken):
     """Undo `cut`: what it took goes back to its place, with what became of it. Gradients become as wide as their weights, zero
     where nothing trained. The list is empty then, so that putting back twice does nothing."""
     while taken:
-        p, name, kept, moments, wide = taken.pop()
-        if p.grad is not None:
-            wide["grad"] = torch.zeros_like(wide["data"])
-        narrow = {"data": p.data, "grad": p.grad, **moments}
-        for key, tensor in wide.items():
-            target = sliced(tensor, name, model.config)
-            target.index_copy_(1, kept, narrow[key].view(len(target), len(kept), -1))
-        p.grad, p.data = None, wide.pop("data")
-        p.grad = wide.pop("grad", None)
-        moments.update(wide)
+        p, name, kept, moments, wide, narrow = taken.pop()
+        if moments:  # without them nothing was trained
+            slices(wide, name, model.config).index_copy_(2, kept, narrow)
+        grad, p.grad = p.grad, None
+        point(p, moments, wide)
+        if grad is not None:
+            p.grad = torch.zeros_like(p)
+            part = slices(p.grad[None], name, model.config)
+            part.index_copy_(2, kept, grad.view(1, part.shape[1], len(kept), -1))
 
 
 def demo():
