@@ -36,7 +36,7 @@ from layerdrop import mean_settling, pld, theta_bar_for
 from raptr import Full, RaPTr, Stage, stage_plan, whole
 from stacking import Stacking, grow, stacking
 
-TUNING_SEED, TUNING_WIDTH, RATES = 100, 40, (1.5e-3, 3e-3, 6e-3)  # rates at that width
+TUNING_SEED, TUNING_WIDTH, RATES = 100, 40, (1.5e-3, 3e-3, 6e-3, 12e-3)  # rates at that width
 ARMS = {
     "full": "full, equal steps", "full_flops": "full, equal FLOPs", "raptr": "RaPTr", "constant": "constant-p",
     "pld": "PLD", "pld_slow": "PLD, shrinking slowly", "stacking": "gradual stacking",

@@ -139,11 +139,11 @@ def test_order_and_half():
     assert polynomials.half(run, "middle") == pytest.approx(0.5 + 0.5 * 2 / 3) and polynomials.half(run, "high") == math.inf
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, monkeypatch, capsys):
     """All arms learn something; a run that was cut off is continued, to the same table."""
-    flags = "--seeds 2 --widths 8 --steps 48 --batch 64 --held_out 64 --inputs 6 --degrees 3 --monomials 1 --layers 4"
-    command = [sys.executable, "polynomials.py", *flags.split(), "--out", str(tmp_path)]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    flags = "--seeds 2 --widths 8 --steps 40 --batch 64 --held_out 64 --inputs 6 --degrees 3 --monomials 1 --layers 4"
+    command = ["polynomials.py", *flags.split(), "--out", str(tmp_path)]
+    first = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     table, file = (tmp_path / "table.md").read_text(), tmp_path / "runs.jsonl"
     assert table in first.stdout and (tmp_path / "curves.png").stat().st_size > 10_000
@@ -151,11 +151,13 @@ def test_the_command_line(tmp_path):
     assert {run["arm"] for run in runs} == set(ARMS)
     for run in runs:
         assert run["points"][-1][0] == pytest.approx(1 if run["arm"] == "full" else 0.75, abs=0.06)
-        assert run["arm"] != "full" or statistics.mean(run["points"][-1][1:]) < 0.5
+    assert statistics.mean(run["points"][-1][1] for run in runs) < 0.3  # degree 1, of which 1 is there at first
     file.write_text(file.read_text()[:-300])  # within the last line or two
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and (tmp_path / "table.md").read_text() == table, again.stderr
-    assert again.stdout.count(" seed ") <= 2 and len(file.read_text().splitlines()) == len(runs)
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(polynomials, "draw", lambda *_: None)
+    polynomials.main()
+    assert (tmp_path / "table.md").read_text() == table and len(file.read_text().splitlines()) == len(runs)
+    assert 1 <= capsys.readouterr().out.count(" seed ") <= 2
 
 
 @pytest.mark.parametrize(
