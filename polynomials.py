@@ -5,13 +5,13 @@
 
 The statement. For x uniform on {-1, 1}^d let
     f*(x) = sum over degrees k = 1 .. D, j = 1 .. m of c_kj chi_kj(x),    chi_kj(x) = product of x_i, i in S_kj, |S_kj| = k,
-and call u_k = sum over j of (E[f(x) chi_kj(x)] - c_kj)^2, c scaled so that f = 0 has u_k = 1: what f has not learned of degree k.
+and call u_k = sum over j of (E[f(x) chi_kj(x)] - c_kj)^2, c_kj^2 = 1 / m: what f has not learned of degree k.
     (i) u_k falls for low k first;   (ii) under PLD, whose networks shrink, u_k of high k stalls;   (iii) under RaPTr it falls.
 
 S_kj is random, and nested, S_1j in S_2j in ...: without lower ones beneath them even full training hardly learns high degrees
 in minutes, which says nothing about the other methods. A residual network f is trained on fresh draws; u_k is estimated on
 held-out inputs, always of the full network. All arms cost 3/4 of full training's layer FLOPs, but `full`, which is there for
-reference. Each arm's learning rate is chosen on seed 100, at one width, and scaled by 1 / width.
+reference. Each arm's learning rate is chosen on seeds 100-102, at one width, and scaled by 1 / width.
 Not here: the methods (raptr.py, layerdrop.py, stacking.py), which are used as they are.
 
 Source: RaPTr (Panigrahi et al., arXiv 2402.05913), its polynomial toy. We know no more of its setting than 20 residual layers
@@ -36,7 +36,7 @@ from layerdrop import mean_settling, pld, theta_bar_for
 from raptr import Full, RaPTr, Stage, stage_plan, whole
 from stacking import Stacking, grow, stacking
 
-TUNING_SEED, TUNING_WIDTH, RATES = 100, 40, (1.5e-3, 3e-3, 6e-3, 12e-3)  # rates at that width
+TUNING_SEED, TUNING_WIDTH, RATES = 100, 40, (3e-3, 6e-3, 12e-3, 24e-3)  # rates at that width
 ARMS = {
     "full": "full, equal steps", "full_flops": "full, equal FLOPs", "raptr": "RaPTr", "constant": "constant-p",
     "pld": "PLD", "pld_slow": "PLD, shrinking slowly", "stacking": "gradual stacking",
@@ -68,15 +68,15 @@ def signs(n, d, *name):
 
 def target(s, seed):
     """(sets of variables, low degrees first; coefficients, their squares summing to 1 in each degree). Set j of degree k is
-    the first k variables of a random order of all; orders that give the same set twice are drawn again."""
+    the first k variables of a random order of all; orders that give the same set twice are drawn again. Coefficients are of
+    random sign and one size: where sizes are random a small one holds up all that is nested in it, more than any method does."""
     draws, chains = rng(seed, "target"), []
     while len(chains) < s.monomials:
         chain = draws.permutation(s.inputs)[: s.degrees].tolist()
         if not any(set(chain[:k]) == set(other[:k]) for other in chains for k in range(1, s.degrees + 1)):
             chains.append(chain)
     sets = [tuple(sorted(chain[:k])) for k in range(1, s.degrees + 1) for chain in chains]
-    c = torch.from_numpy(draws.standard_normal((s.degrees, s.monomials))).float()
-    return sets, (c / c.norm(dim=1, keepdim=True)).flatten()
+    return sets, signs(1, len(sets), seed, "coefficients")[0] / s.monomials**0.5
 
 
 def characters(x, sets):
@@ -314,7 +314,7 @@ def against(runs, widths, arm, others=("raptr", "full_flops")):
     for other in others:
         gaps = [difference(runs, width, arm, other, lambda r: last(r, "high")) for width in widths]
         said.append(f"{ARMS[other]}: {', '.join(f'width {width} {compared(*gap)}' for width, gap in zip(widths, gaps))}")
-    return f"It leaves of them, against {'; against '.join(said)}."
+    return f"At the end it leaves, against {'; against '.join(said)}."
 
 
 def falling(runs, width, arm):
@@ -346,21 +346,21 @@ def draw(runs, widths, path):
             axes.fill_between(
                 x, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], color=color, alpha=0.1, lw=0
             )
-        axes.set(xlim=(0, 1), ylim=(0, 1.1))
+        axes.set(xlim=(0, 1), ylim=(0, 1.1), xticks=[0, 0.25, 0.5, 0.75])
         axes.spines[["top", "right"]].set_visible(False)
     for axes, width in zip(grid[0], widths):
         axes.set_title(f"width {width}", fontsize=10)
-    for axes, (group, (low, high)) in zip(grid[:, 0], spans.items()):
-        axes.set_ylabel(f"unlearned, {group} degrees ({low}-{high})")
+    for axes, (low, high) in zip(grid[:, 0], spans.values()):
+        axes.set_ylabel(f"degrees {low}-{high}, share unlearned")
     figure.supxlabel("layer FLOPs (full training with equal steps: 1)", fontsize=10)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
 def best_rates(runs):
-    """{arm: its rate with the least unlearned over all degrees}."""
-    left = {(run["arm"], run["rate"]): sum(run["points"][-1][1:]) for run in runs}
-    return {arm: min(RATES, key=lambda rate: left[arm, rate]) for arm in ARMS}
+    """{arm: its rate with the least unlearned, over all degrees and seeds}."""
+    left = lambda arm, rate: sum(sum(r["points"][-1][1:]) for r in runs if (r["arm"], r["rate"]) == (arm, rate))  # noqa: E731
+    return {arm: min(RATES, key=lambda rate: left(arm, rate)) for arm in ARMS}
 
 
 def main():
@@ -369,7 +369,13 @@ def main():
     parser = Parser(prog="polynomials.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     above = lambda least: number(int, f"a whole number, {least} or above", lambda x: x >= least)  # noqa: E731
-    parser.add_argument("--seeds", type=above(2), default=5, help="seeds 0, 1, ... of target, weights, draws and paths")
+    parser.add_argument(
+        "--seeds",
+        type=number(int, "a whole number from 2 to 100", lambda x: 2 <= x <= 100),
+        default=5,
+        help="seeds 0, 1, ... of target, weights, draws and paths",
+    )
+    parser.add_argument("--tuning_seeds", type=count, default=3, help="seeds 100, 101, ... choose the learning rates")
     parser.add_argument("--widths", default="24,40,64", help="with commas")
     for name, least in {"inputs": 4, "degrees": 3, "monomials": 1, "steps": 40, "batch": 1, "held_out": 1}.items():
         parser.add_argument(f"--{name}", type=above(least), default=Setting._field_defaults[name])
@@ -390,15 +396,16 @@ def main():
         parser.error(f"--monomials {args.monomials}: at most half the number of variables, {args.inputs} (--inputs)")
     s = Setting(**{name: getattr(args, name) for name in Setting._fields if hasattr(args, name)})
     try:
-        compare_arms(s, widths, args.seeds, args.jobs, Path(args.out))
+        compare_arms(s, widths, args.seeds, args.tuning_seeds, args.jobs, Path(args.out))
     except ValueError as error:
         parser.error(str(error))
 
 
-def compare_arms(s, widths, seeds, count, out):
+def compare_arms(s, widths, seeds, tuning, count, out):
     """Choose a rate for every arm, run all arms, write runs.jsonl, table.md and curves.png to a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    trials = [(arm, TUNING_WIDTH, TUNING_SEED, rate) for arm in ARMS for rate in RATES]
+    chosen_on = range(TUNING_SEED, TUNING_SEED + tuning)
+    trials = [(arm, TUNING_WIDTH, seed, rate) for seed in chosen_on for arm in ARMS for rate in RATES]
     rates = best_rates(run_all(s, trials, out / "runs.jsonl", count))
     jobs = [(arm, width, seed, rates[arm] * TUNING_WIDTH / width) for seed in range(seeds) for width in widths for arm in ARMS]
     runs = run_all(s, jobs, out / "runs.jsonl", count)
