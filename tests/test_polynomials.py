@@ -141,7 +141,8 @@ def test_order_and_half():
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     """All arms learn something; a run that was cut off is continued, to the same table."""
-    flags = "--seeds 2 --tuning_seeds 1 --widths 8 --steps 40 --batch 64 --held_out 64 --inputs 6 --degrees 3 --monomials 1 --layers 4"
+    flags = "--seeds 2 --tuning_seeds 1 --widths 8 --steps 40 --batch 64 --held_out 64"
+    flags += " --inputs 6 --degrees 3 --monomials 1 --layers 4"
     command = ["polynomials.py", *flags.split(), "--out", str(tmp_path)]
     first = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
