@@ -12,6 +12,7 @@
     python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
     python bench.py --only loss         cross-entropy in chunks (--loss_chunk) against all at once, large vocabularies
     python bench.py --only encoding     text to token shards on all cores against sentencepiece alone (--input: your own text)
+    python bench.py --device cuda       the presets at full size, on a GPU (bench_presets.py)
 
 Each round times one step of every candidate, one after another, so that a slow moment of the machine hits all of them;
 a ratio is the median over the rounds of that round's ratio, unless it says otherwise. Let nothing else run meanwhile.
@@ -28,7 +29,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_presets
 import checkpoint
 import data
 import denoisers
@@ -51,26 +52,9 @@ import stacking
 import train
 import width
 from raptr import RaPTr, Stage, whole
+from timing import interleaved, median
 
 HERE = Path(__file__).parent
-
-
-def median(values):
-    return statistics.median(values)
-
-
-def interleaved(candidates, rounds, warmup=3, pause=0.0):
-    """Seconds per call of each candidate, {name: [one per round]}, called in turn. pause: seconds before each call, for
-    the threads of another process to fall asleep."""
-    times = {name: [] for name in candidates}
-    for round in range(-warmup, rounds):
-        for name, call in candidates.items():
-            time.sleep(pause)
-            began = time.perf_counter()
-            call()
-            if round >= 0:
-                times[name].append(time.perf_counter() - began)
-    return times
 
 
 def trainer(model, loss, dtype, optimizer=None):
@@ -505,11 +489,13 @@ BENCHES = {
     "loss": bench_loss,
     "encoding": bench_encoding,
 }
+AT_FULL_SIZE = {"presets": bench_presets.bench_presets}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Time steps, paths, batches; measure memory.")
-    parser.add_argument("--only", choices=BENCHES)
+    parser.add_argument("--only", choices=[*BENCHES, *AT_FULL_SIZE])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: presets, the only one made for it")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -520,9 +506,16 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--input", nargs="+", help="text for --only encoding; without it the manual, repeated")
+    parser.add_argument("--preset", help="presets: one of configs/, without .toml")
+    parser.add_argument("--micro_batch", type=int, default=0, help="presets: sequences at a time; 0: by preset")
+    parser.add_argument("--sequences", type=int, default=0, help="presets: of a step; 0: the preset's batch, or its share")
+    parser.add_argument("--schedule", type=int, default=24, help="presets: steps that stand for the whole schedule")
+    parser.add_argument("--peak", type=float, default=0.0, help="presets: the device's dense TFLOP/s; 0: by its name")
     parser.add_argument("--json", help="write the figures to this file too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and args.only not in (None, *AT_FULL_SIZE):
+        parser.exit(2, f"bench.py: --only {args.only} measures a CPU; with --device cuda there is --only presets\n")
     try:
         _ = args.input and prepare.text_files(args.input)
     except ValueError as error:
@@ -536,8 +529,12 @@ def main():
     shape = f"{config.layers} x {config.width}, sequence {config.seq}, batch {args.batch}"
     print(f"\n  {machine}; {shape}; medians of {args.rounds} rounds\n")
     report = {"machine": machine, "command": " ".join(sys.argv)}
-    for name in [args.only] if args.only else BENCHES:
-        BENCHES[name](args, config, report)
+    chosen = [args.only] if args.only else AT_FULL_SIZE if args.device == "cuda" else BENCHES
+    for name in chosen:
+        try:
+            (BENCHES | AT_FULL_SIZE)[name](args, config, report)
+        except ValueError as error:
+            parser.exit(2, f"bench.py: {error}\n")
         print()
     if args.json:
         with open(args.json, "w") as file:

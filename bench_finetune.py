@@ -28,9 +28,10 @@ import torch
 import eval_superglue
 import hf
 import superglue
-from bench import interleaved, median, trainer
+from bench import trainer
 from eval_superglue import Answers
 from padding import batches, padded
+from timing import interleaved, median
 from train import choose_machine, steady_memory
 
 

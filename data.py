@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,16 @@ class Mixture(Corpus):
     def held_out(self, size, seq, tuning=False):
         sizes = [max(1, round(size * share / 1000)) for share in self.shares]
         return np.concatenate([part.held_out(n, seq, tuning) for part, n in zip(self.parts, sizes)])
+
+
+def ahead(make, first, last):
+    """make(first), make(first + 1), ... make(last), each begun in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, first)
+        for following in range(first + 1, last + 1):
+            ready, coming = coming.result(), thread.submit(make, following)
+            yield ready
+        yield coming.result()
 
 
 def open_corpus(data="", vocab=4096):

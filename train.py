@@ -362,6 +362,7 @@ def main(args, dtype, ranks):
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
+    batches = data.ahead(lambda i: corpus.batch(args.seed, i, args.batch, args.seq), step + 1, args.steps)
     bar = tqdm(total=args.steps, initial=step, unit=" steps", disable=None if first else True, dynamic_ncols=True)
     while step < args.steps:
         step += 1
@@ -385,7 +386,7 @@ def main(args, dtype, ranks):
 
         began = time.perf_counter()
         kept = list(range(len(model.blocks))) if subnetwork is None else list(subnetwork.layers)
-        batch = corpus.batch(args.seed, step, args.batch, args.seq)
+        batch = next(batches)
         dropout_seed = int(data.rng(args.seed, "dropout", step).integers(1 << 62))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, method.since_growth(step))

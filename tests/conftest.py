@@ -1,4 +1,4 @@
-"""Shared by all tests: a small corpus of made-up sentences, and the flags of a tiny model."""
+"""Shared by all tests: a small corpus of made-up sentences, the flags of a tiny model, and two trained ones."""
 
 import os
 import random
@@ -11,7 +11,9 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
+import options  # noqa: E402
 import prepare  # noqa: E402
+import train  # noqa: E402
 
 
 def sentences(count, seed=0):
@@ -46,3 +48,18 @@ def tiny(corpus, tmp_path):
     """Flags of a run that takes a second."""
     flags = "--layers 4 --width 64 --heads 4 --seq 32 --batch 8 --steps 12 --stages 2-3-4 --eval_sequences 16 --eval_every 0"
     return [*flags.split(), "--save_every", "0", "--threads", "1", "--data", str(corpus), "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture(scope="session")
+def runs(corpus, tmp_path_factory):
+    """A BERT and a UL2 that have learned which made-up word follows which."""
+    made = {}
+    for arch in ("bert", "ul2"):
+        out = tmp_path_factory.mktemp(arch) / "run"
+        flags = (
+            "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --eval_every 0 --lr 4e-3"
+        )
+        flags += f" --init_std 0.125 --dropout 0 --save_every 0 --eval_sequences 32 --threads 1 --arch {arch} --positions rotary"
+        assert train.start(options.parse([*flags.split(), "--data", str(corpus), "--out", str(out)])) == 0
+        made[arch] = out
+    return made

@@ -2,18 +2,43 @@
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
+from types import SimpleNamespace
 
 import torch
 
 import options
 import train
+from conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train"])
+SERVER.set_forkserver_preload(["bench", "compare", "eval_qa", "eval_superglue", "polynomials", "stability"])
+
+
+def command(argv, folder, cwd):
+    """The body of a process: a script of the project, as python would start it."""
+    for number, name in enumerate(("in", "out", "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT), number)
+    sys.stdin, sys.argv = open(0), argv
+    os.chdir(cwd)
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+
+
+def script(*argv, text="", cwd=ROOT):
+    """Runs a script with arguments and `text` to read: its returncode, stdout and stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/in", "w") as file:
+            file.write(text)
+        process = SERVER.Process(target=command, args=([*map(str, argv)], folder, cwd))
+        process.start()
+        process.join()
+        shown = [open(f"{folder}/{name}").read() for name in ("out", "err")]
+    return SimpleNamespace(returncode=process.exitcode, stdout=shown[0], stderr=shown[1])
 
 
 def one(rank, world, port, flags, fault, stderr):

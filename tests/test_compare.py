@@ -1,7 +1,6 @@
 import json
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,13 @@ import compare
 import options
 import prepare
 import train
-from conftest import ROOT
+from processes import script
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """The trainings of a comparison start as the other processes of the tests do."""
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: script(*command[1:], cwd=Path.cwd()))
 
 
 def base(*more):
@@ -176,6 +181,5 @@ def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
     ],
 )
 def test_bad_flags(flags, word):
-    command = [sys.executable, "compare.py", *flags.split()]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shown = script("compare.py", *flags.split())
     assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr

@@ -12,10 +12,11 @@ import prepare
 from conftest import ROOT, sentences
 from data import NO_TARGET, Corpus
 from prepare import CLS, MASK, SEP, SPECIAL
+from processes import script
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "data.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return script("data.py", *arguments)
 
 
 def documents_of(corpus, split):
@@ -215,6 +216,29 @@ def test_a_shard_of_more_than_2_to_the_31_tokens(corpus, tmp_path):
     order = corpus.order(0, 10**9, 512, 64)  # a step far along, in a later epoch
     assert order.min() >= 0 and order.max() < n and order.max() > n // 2 and len(set(order)) == 512
     assert corpus.batch(0, 10**9, 8, 64)[0].shape == (8, 64)
+
+
+def test_batches_are_made_ahead_one_at_a_time():
+    began = []
+
+    def make(i):
+        began.append(i)
+        return i
+
+    batches = data.ahead(make, 3, 6)
+    assert began == []
+    for i in range(3, 7):
+        assert next(batches) == i
+        time.sleep(0.05)
+        assert began == [*range(3, min(i + 1, 6) + 1)]
+    assert list(batches) == []
+
+
+def test_an_error_ahead_is_raised_when_its_turn_comes():
+    batches = data.ahead(lambda i: 1 // (2 - i), 1, 3)
+    assert next(batches) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
 
 
 def test_a_mixture_takes_from_each_its_share(tmp_path, text, corpus):

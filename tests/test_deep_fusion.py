@@ -1,8 +1,6 @@
 """Deep Fusion: what two networks said, one says; and it goes on training."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 import deep_fusion
 import model as transformer
 import options
-from conftest import ROOT
+from processes import script
 from sample import load_run
 from test_model import batch
 from test_train import events, go
@@ -103,7 +101,7 @@ def test_moments_stand_where_their_weights_stand():
 
 
 def shell(*arguments):
-    return subprocess.run([sys.executable, "deep_fusion.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return script("deep_fusion.py", *arguments)
 
 
 def test_two_runs_become_one_that_goes_on(tiny, tmp_path):

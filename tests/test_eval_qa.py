@@ -1,6 +1,5 @@
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import options
 import prepare
 import qa
 import sample
-from conftest import ROOT
+from processes import script
 from spans import Spans, places, windows
 
 
@@ -124,7 +123,7 @@ def test_what_does_not_fit_goes_from_the_front(runs):
 def test_a_stopped_run_goes_on_and_its_file_can_be_scored(runs, files, tmp_path, monkeypatch, capsys):
     flags = ["--task", "nq_open", "--data", files / "nq.jsonl"]
     asking = [*flags, "--shots", 1, runs["ul2"], "--out", tmp_path / "out", "--batch", 3, "--tokens", 4]
-    shown = subprocess.run([sys.executable, "eval_qa.py", *map(str, asking)], cwd=ROOT, capture_output=True, text=True)
+    shown = script("eval_qa.py", *asking)
     assert shown.returncode == 0 and "of 1 examples (from --data" in shown.stdout, shown.stderr
     first, written = (tmp_path / "out" / "predictions.json").read_text(), tmp_path / "out" / "runs" / "0.jsonl"
     lines = written.read_bytes().splitlines(True)

@@ -9,7 +9,6 @@ import eval_superglue
 import sample
 import superglue
 from model import BERT, Config
-from test_sample import runs  # noqa: F401
 from test_superglue import LINES, data, run  # noqa: F401
 
 
@@ -46,7 +45,7 @@ def test_inputs_are_t5s():
         assert task == "ReCoRD" or set(choices.values()) == set(superglue.TASKS[task].labels)
 
 
-def test_a_likelihood_is_the_sum_over_the_answer(runs):  # noqa: F811
+def test_a_likelihood_is_the_sum_over_the_answer(runs):
     """Against one row at a time, one token at a time."""
     own = answers(runs["ul2"], "BoolQ")
     rows = [own.continuation("some words and more", choice) for choice in (" no", " yes", " it may be so")]
@@ -60,7 +59,7 @@ def test_a_likelihood_is_the_sum_over_the_answer(runs):  # noqa: F811
             assert value.item() == pytest.approx(total, abs=1e-3)
 
 
-def test_padding_does_not_change_an_answer(runs):  # noqa: F811
+def test_padding_does_not_change_an_answer(runs):
     own = answers(runs["bert"], "RTE")
     own.model.eval()
     rows = [own.model.row("one two", "three"), own.model.row("a longer text of many words here", "and more of it")]
@@ -115,7 +114,7 @@ def learnable(folder):
 
 
 @pytest.mark.parametrize("arch, lr", [("bert", "2e-3"), ("ul2", "2e-3")])
-def test_fine_tuning_learns_and_continues(runs, arch, lr, tmp_path):  # noqa: F811
+def test_fine_tuning_learns_and_continues(runs, arch, lr, tmp_path):
     folder, out = learnable(tmp_path / "data"), tmp_path / "out"
     (folder / "AX-b").mkdir()
     (folder / "AX-b" / "AX-b.jsonl").write_text("\n".join(map(json.dumps, LINES["AX-b"])))
@@ -149,7 +148,7 @@ def test_few_shots(runs, data, tmp_path):  # noqa: F811
     assert shown.returncode == 2 and "BERT" in shown.stderr
 
 
-def test_examples_before_a_question_depend_on_seed_task_and_number(runs):  # noqa: F811
+def test_examples_before_a_question_depend_on_seed_task_and_number(runs):
     pool = examples("CB")
     own = answers(runs["ul2"], "CB", shots=2, examples=pool)
     first = own.with_examples(pool[0], 0)[0]

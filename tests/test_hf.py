@@ -1,6 +1,4 @@
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +6,8 @@ import torch
 
 import hf
 import sample
-from conftest import ROOT
 from model import BERT, Config
+from processes import script
 from raptr import Subnetwork
 from test_train import go
 
@@ -24,7 +22,7 @@ SENTENCES = [
 
 
 def run(*args):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return script(*args)
 
 
 def test_our_model_in_their_hands(tmp_path):

@@ -2,7 +2,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 from itertools import product
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 import polynomials
-from conftest import ROOT
 from polynomials import ARMS, Setting
+from processes import script
 from raptr import Subnetwork, whole
 
 SMALL = Setting(inputs=6, degrees=4, monomials=3, layers=4, steps=40, batch=16, held_out=64)
@@ -144,7 +143,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     flags = "--seeds 2 --tuning_seeds 1 --widths 8 --steps 40 --batch 64 --held_out 64"
     flags += " --inputs 6 --degrees 3 --monomials 1 --layers 4"
     command = ["polynomials.py", *flags.split(), "--out", str(tmp_path)]
-    first = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    first = script(*command)
     assert first.returncode == 0, first.stderr
     table, file = (tmp_path / "table.md").read_text(), tmp_path / "runs.jsonl"
     assert table in first.stdout and (tmp_path / "curves.png").stat().st_size > 10_000

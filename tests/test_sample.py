@@ -1,32 +1,14 @@
 import collections
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import sample
-from conftest import ROOT
-from test_train import go
+from processes import script
 
 
 def ask(*args, text=""):
-    command = [sys.executable, "sample.py", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input=text)
-
-
-@pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory):
-    """A BERT and a UL2 that have learned which made-up word follows which."""
-    made = {}
-    for arch in ("bert", "ul2"):
-        out = tmp_path_factory.mktemp(arch) / "run"
-        flags = (
-            "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --eval_every 0 --lr 4e-3"
-        )
-        flags += f" --init_std 0.125 --dropout 0 --save_every 0 --eval_sequences 32 --threads 1 --arch {arch} --positions rotary"
-        made[arch] = go([*flags.split(), "--data", str(corpus), "--out", str(out)])
-    return made
+    return script("sample.py", *args, text=text)
 
 
 def test_a_mask_is_filled_with_what_fits(runs, text):

@@ -1,13 +1,11 @@
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import stability
-from conftest import ROOT
+from processes import script
 from raptr import Subnetwork, whole
 from test_train import go
 
@@ -39,7 +37,7 @@ def test_every_subnetwork_of_one_layer_less():
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "stability.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return script("stability.py", *args)
 
 
 def test_a_trained_model(tiny, tmp_path):

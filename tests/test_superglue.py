@@ -1,14 +1,12 @@
 import json
 import random
-import subprocess
-import sys
 import zipfile
 
 import pytest
 
 import metrics
 import superglue
-from conftest import ROOT
+from processes import script
 
 LINES = {
     "BoolQ": [{"question": "is it", "passage": "It is.", "idx": 0, "label": True},
@@ -52,7 +50,7 @@ def gold(data, task):
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "eval_superglue.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return script("eval_superglue.py", *args)
 
 
 # ---- metrics, by hand

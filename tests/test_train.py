@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import options
 import train
 from conftest import ROOT
+from processes import script
 from raptr import Subnetwork
 
 
@@ -45,7 +46,7 @@ def same(a, b):
 
 
 def command(flags, *more):
-    return subprocess.run([sys.executable, "train.py", *flags, *map(str, more)], cwd=ROOT, capture_output=True, text=True)
+    return script("train.py", *flags, *more)
 
 
 # ---- the run
