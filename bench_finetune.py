@@ -8,7 +8,7 @@ FOLDER is of `transformers`: config.json, model.safetensors, vocab.txt. Both sid
 longest of a batch, the same batches in the same order, optimizer, schedule, epochs, dtype and malloc setting: both run
 eval_superglue.fit, which differs only in the model it is given. Theirs is AutoModelForSequenceClassification as it comes, with
 the folder's pooler and all words; ours has a fresh pooler and the words of the task. Dropout is drawn differently.
-`mixed`: theirs once more, on batches of any lengths, as its Trainer makes them unless told otherwise.
+`mixed`: on batches of any lengths, as its Trainer makes them unless told otherwise; --sides says who is compared.
 
 For every task and seed one side is trained after the other, and the next seed begins from the other end. What is finished is
 not done again: the same command continues. Let nothing else run meanwhile.
@@ -70,7 +70,7 @@ def side(name, args, task, seed):
     if tokenizer is None:
         raise ValueError(f"{args.folder}: there is no vocab.txt in it")
     answers = Answers(model, tokenizer, task, args.longest, seed)
-    if name != "ours":
+    if not name.startswith("ours"):
         answers.model = Theirs(args.folder, name.split("-")[0], answers.model.head.out_features, answers.model, seed)
     return answers
 
@@ -81,7 +81,7 @@ def side(name, args, task, seed):
 
 def train_both(task, args, out, autocast):
     """{side: [one result of eval_superglue.fit per seed]}"""
-    results = {"ours": [], args.attention: [], f"{args.attention}-mixed": []}
+    results = {name: [] for name in args.sides.split(",")}
     for seed in range(args.seeds):
         for name in list(results)[:: -1 if seed % 2 else 1]:
             done = out / f"{task}-{seed}-{name}-{args.memory}.json"
@@ -106,10 +106,11 @@ def show_trainings(task, results):
         spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
         each, took = " ".join(f"{score:.3f}" for score in scores), median([run["seconds"] for run in runs])
         print(f"  {task:6} {name:11} mean {statistics.mean(scores):.3f} ± {spread:.3f}  ({each}); {took:.0f} s a training")
-    for name in list(results)[1:]:
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(results["ours"], results[name])]
+    first, *others = results
+    for name in others:
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(results[first], results[name])]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f} over the seeds"
-        print(f"  {task:6} ours is {median(ratios):.2f} times as fast as {name} ({spread})")
+        print(f"  {task:6} {first} is {median(ratios):.2f} times as fast as {name} ({spread})")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def main():
     parser.add_argument("--lr", type=positive, default=3e-5, help="peak learning rate [3e-5]")
     parser.add_argument("--batch", type=count, default=16, help="examples a step [16]")
     parser.add_argument("--longest", type=count, default=256, help="tokens of a pair at most [256]")
-    parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager", help="theirs, in whole trainings [eager]")
+    parser.add_argument("--sides", default="ours,eager,eager-mixed", help="of ours, eager, sdpa, or with -mixed [%(default)s]")
     parser.add_argument("--memory", choices=["steady", "plain"], default="steady", help="train.py's malloc setting, or none")
     parser.add_argument("--out", default="out/bench_finetune", help="folder of the results [out/bench_finetune]")
     args = parser.parse_args()
@@ -172,6 +173,9 @@ def main():
 
 
 def compare(args):
+    for name in args.sides.split(","):
+        if name.removesuffix("-mixed") not in ("ours", "eager", "sdpa"):
+            raise ValueError(f"--sides: {name!r} is none of ours, eager, sdpa, each also with -mixed")
     for task in args.tasks.split(","):
         if task not in eval_superglue.EPOCHS or not Path(args.data, task, "train.jsonl").exists():
             raise ValueError(f"--tasks: {task!r} is no task with a train.jsonl in {args.data}")

@@ -136,7 +136,7 @@ class Classifier(torch.nn.Module):
     def __init__(self, encoder, tokenizer, outputs, longest, seed):
         super().__init__()
         self.encoder, self.tokenizer, self.longest = encoder, tokenizer, min(longest, encoder.config.seq)
-        self.pad = tokenizer.pad_id()
+        self.pad, self.dropout = tokenizer.pad_id(), encoder.config.dropout
         C = encoder.config.width
         self.pool, self.head = torch.nn.Linear(C, C), torch.nn.Linear(C, outputs)
         generator = torch.Generator().manual_seed(seed)
@@ -169,8 +169,7 @@ class Classifier(torch.nn.Module):
         inside = torch.arange(tokens.shape[1], device=device) < torch.tensor([[len(r[0])] for r in rows], device=device)
         mask = None if inside.all() else inside[:, None, None]
         state = self.encoder.encode(tokens, mask=mask, types=types)[:, 0]
-        state = torch.tanh(self.pool(F.dropout(state, 0.1, self.training)))
-        return self.head(F.dropout(state, 0.1, self.training)).float()
+        return self.head(F.dropout(torch.tanh(self.pool(state)), self.dropout, self.training)).float()
 
 
 class Answers:
@@ -278,7 +277,7 @@ def finetune(run, task, data, seed, args, autocast):
     """One fine-tuning of a run's model; see `fit`."""
     model, tokenizer, _ = load_run(run, args.device)
     answers = Answers(model, tokenizer, task, args.longest, seed)
-    for module in model.modules():
+    for module in answers.model.modules():
         if hasattr(module, "dropout"):
             module.dropout = args.dropout
     return fit(answers, data, args, autocast)

@@ -78,7 +78,7 @@ def test_the_command(folder, tmp_path):
     assert len(list(out.glob("*.json"))) == 6 and shown.stdout.count("seed 1") == 3
     last = json.loads((out / "RTE-1-eager-steady.json").read_text())
     assert len(last["epochs"]) == 2 and last["seconds"] > 0
-    args = options(folder, data=data, attention="eager", memory="steady", seeds=2, epochs=3)
+    args = options(folder, data=data, sides="eager", memory="steady", seeds=2, epochs=3)
     with pytest.raises(ValueError, match="other settings"):
         bench_finetune.train_both("RTE", args, out, None)
 
