@@ -6,8 +6,8 @@
 
 FOLDER is of `transformers`: config.json, model.safetensors, vocab.txt. Both sides have the same rows of tokens, padded to the
 longest of a batch, the same batches in the same order, optimizer, schedule, epochs, dtype and malloc setting: both run
-eval_superglue.fit, which differs only in the model it is given. Theirs is AutoModelForSequenceClassification as it comes, with
-the folder's pooler and all words; ours has a fresh pooler and the words of the task. Dropout is drawn differently.
+eval_superglue.fit, which differs only in the model it is given. Theirs is AutoModelForSequenceClassification with all words; ours
+has the words of the task. Pooler and head are fresh, and begin with the same weights. Dropout is drawn differently.
 `mixed`: on batches of any lengths, as its Trainer makes them unless told otherwise; --sides says who is compared.
 
 For every task and seed one side is trained after the other, and the next seed begins from the other end. What is finished is
@@ -42,18 +42,19 @@ def mixed(lengths, size, generator):
 
 
 class Theirs(torch.nn.Module):
-    """Their classifier over the rows that `ours` makes. kind: of attention, sdpa or eager."""
+    """Their classifier over the rows that `ours` makes, with its fresh layers. kind: of attention, sdpa or eager."""
 
-    def __init__(self, folder, kind, outputs, ours, seed):
+    def __init__(self, folder, kind, outputs, ours):
         import transformers
 
         super().__init__()
-        torch.manual_seed(seed)  # for their fresh head
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         self.model = load(folder, num_labels=outputs, attn_implementation=kind, dtype=torch.float32)
         self.row, self.pad = ours.row, ours.pad
+        for own, fresh in ((self.model.bert.pooler.dense, ours.pool), (self.model.classifier, ours.head)):
+            own.load_state_dict(fresh.state_dict())
 
     def keep_words(self, rows):
         """They keep all."""
@@ -71,7 +72,7 @@ def side(name, args, task, seed):
         raise ValueError(f"{args.folder}: there is no vocab.txt in it")
     answers = Answers(model, tokenizer, task, args.longest, seed)
     if not name.startswith("ours"):
-        answers.model = Theirs(args.folder, name.split("-")[0], answers.model.head.out_features, answers.model, seed)
+        answers.model = Theirs(args.folder, name.split("-")[0], answers.model.head.out_features, answers.model)
     return answers
 
 

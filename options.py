@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import methods
+import mirror
 
 
 def number(kind, rule, holds):
@@ -154,6 +155,7 @@ def flags():
     )
     flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
     flag("keep", count, 2, "newest checkpoints to keep")
+    flag("log_to", str, "", "show the log's numbers there too: tensorboard, wandb, or both with a comma")
     flag("keep_every", natural, 0, "keep also those of every N-th step; 0: none")
 
     group = parser.add_argument_group("machine")
@@ -222,6 +224,7 @@ def parse(argv):
     world = args.gpus if args.dry_run else int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = args.micro_batch or max(1, args.batch // world)
     try:
+        mirror.check(args.log_to)
         if args.width % args.heads:
             raise ValueError(f"--width {args.width} must be a multiple of --heads {args.heads}")
         if args.positions == "rotary" and args.width // args.heads % 2:

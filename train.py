@@ -30,6 +30,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import denoisers  # noqa: E402
 import methods  # noqa: E402
+import mirror  # noqa: E402
 import model as transformer  # noqa: E402
 import parallel  # noqa: E402
 import report  # noqa: E402
@@ -41,7 +42,7 @@ from raptr import mean_layers  # noqa: E402
 # Pieces of the loop
 
 MAY_CHANGE = {"config", "out", "data", "init", "init_moments", "micro_batch", "eval_every", "save_every", "keep", "keep_every",
-              "device", "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"}  # fmt: skip
+              "log_to", "device", "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"}  # fmt: skip
 
 
 def learning_rate(args, step, since_growth=math.inf):
@@ -313,9 +314,15 @@ def main(args, dtype, ranks):
     if ranks.gather(done)[0][0]:
         return report.summarize(run) if first else None
 
-    def record(event, **facts):
+    def write(event, facts):
         log.write(json.dumps({"event": event, **facts}) + "\n")
         log.flush()
+
+    seen_by = [write, *mirror.mirrors(args.log_to if first else "", run, step, flags_now)]
+
+    def record(event, **facts):
+        for show in seen_by:
+            show(event, facts)
 
     def say(line):
         if first:

@@ -481,7 +481,7 @@ def test_resuming_with_other_flags(flags, capsys):
     tried = {"refused": 0, "taken": 0}
     for action in options.flags()._actions:
         name = action.dest
-        if name in ("help", "out", "dry_run", "config", "data", "init", "device", "fsdp", "compile"):
+        if name in ("help", "out", "dry_run", "config", "data", "init", "device", "fsdp", "compile", "log_to"):
             continue
         was = getattr(args, name)
         other = next((choice for choice in action.choices or [] if choice != was), None)
