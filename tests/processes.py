@@ -66,7 +66,8 @@ class Run:
         self.processes = [
             SERVER.Process(target=one, args=(rank, world, port, flags, fault, self.files[rank])) for rank in range(world)
         ]
-        for process in self.processes:
+        for process, file in zip(self.processes, self.files):
+            open(file, "w").close()  # to be read even if the process is killed at once
             process.start()
 
     def steps(self):
