@@ -7,7 +7,7 @@
 FOLDER is of `transformers`: config.json, model.safetensors, vocab.txt. Both sides have the same rows of tokens, padded to the
 longest of a batch, the same batches in the same order, optimizer, schedule, epochs, dtype and malloc setting: both run
 eval_superglue.fit, which differs only in the model it is given. Theirs is AutoModelForSequenceClassification with all words; ours
-has the words of the task. Pooler and head are fresh, and begin with the same weights. Dropout is drawn differently.
+has the words of the task. Poolers and heads begin with the same weights. Dropout is drawn differently.
 `mixed`: on batches of any lengths, as its Trainer makes them unless told otherwise; --sides says who is compared.
 
 For every task and seed one side is trained after the other, and the next seed begins from the other end. What is finished is

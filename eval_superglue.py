@@ -131,7 +131,8 @@ def prompt(task, f):
 
 
 class Classifier(torch.nn.Module):
-    """A BERT with a fresh head: `outputs` logits from the state of [CLS], or (outputs = 1) one score a candidate."""
+    """A BERT with a fresh head: `outputs` logits from the state of [CLS], or (outputs = 1) one score a candidate. The pooler is
+    fresh too, unless the model was taken over with one."""
 
     def __init__(self, encoder, tokenizer, outputs, longest, seed):
         super().__init__()
@@ -143,6 +144,8 @@ class Classifier(torch.nn.Module):
         for layer in (self.pool, self.head):
             torch.nn.init.normal_(layer.weight, std=0.02, generator=generator)
             torch.nn.init.zeros_(layer.bias)
+        if encoder.pooler:
+            self.pool.load_state_dict(encoder.pooler)
 
     def row(self, first, second):
         """(tokens, types): [CLS] first [SEP] second [SEP]; where it is too long, the longer text loses its end."""

@@ -94,8 +94,8 @@ HEAD = {
 
 
 def load(folder):
-    """(model, tokenizer or None) of a folder with a `transformers` BERT. Without a masked-LM head in it, ours is fresh.
-    ValueError if it is not a BERT we can run."""
+    """(model, tokenizer or None) of a folder with a `transformers` BERT. Without a masked-LM head in it, ours is fresh. A
+    pooler in it becomes model.pooler. ValueError if it is not a BERT we can run."""
     folder = Path(folder)
     try:
         c = json.loads((folder / "config.json").read_text())
@@ -126,6 +126,8 @@ def load(folder):
             target.copy_(tensor)
             if len(own[ours]) > len(tensor):
                 own[ours][len(tensor) :] = 0
+    if {"pooler.dense.weight", "pooler.dense.bias"} <= tensors.keys():
+        model.pooler = {kind: tensors[f"pooler.dense.{kind}"] for kind in ("weight", "bias")}
     return model, WordPiece(folder / "vocab.txt") if (folder / "vocab.txt").exists() else None
 
 
@@ -231,8 +233,9 @@ def to_run(folder, run):
     for name in ("vocab.txt", "tokenizer_config.json"):
         if Path(folder, name).exists():
             shutil.copy(Path(folder, name), run)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    checkpoint.save(run, 0, {"model": weights}, {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags})
+    tensors = {"model": {name: p.detach() for name, p in model.named_parameters()}}
+    tensors |= {"pooler": model.pooler} if model.pooler else {}
+    checkpoint.save(run, 0, tensors, {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags})
 
 
 def main():

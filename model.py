@@ -209,7 +209,7 @@ class Stack(nn.Module):
 
     def __init__(self, config, seed=0):
         super().__init__()
-        self.config = config
+        self.config, self.pooler = config, None  # {"weight", "bias"} of the layer above [CLS], if it came with one (hf.py)
         C, V = config.width, config.padded_vocab
         post = config.norm == "post"
         self.tokens = nn.Embedding(V, C)

@@ -51,6 +51,7 @@ def load_run(run, device="cpu"):
     model.blocks = model.blocks[:depth]
     transformer.check_weights(model, tensors["model"], folders[-1])
     model.load_state_dict(tensors["model"], strict=False)  # buffers are made, not saved
+    model.pooler = tensors.get("pooler")
     return model, tokenizer, args
 
 

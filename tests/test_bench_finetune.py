@@ -4,9 +4,13 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bench_finetune
+import hf
 import superglue
+from eval_superglue import Classifier
+from sample import load_run
 from test_eval_superglue import learnable
 from test_hf import run
 
@@ -62,6 +66,17 @@ def test_leaving_words_out_changes_no_gradient(folder):
     assert len(grads[0][0]) == 6  # 2, 3, 5, 7, 9, 12, and nothing for [PAD], which is masked
     for all_words, few_words in zip(*grads):
         torch.testing.assert_close(all_words, few_words, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pooler_that_is_there_is_used(folder, tmp_path):
+    """As it stands in the file, or in the run that was made of it; where there is none it is drawn from the seed."""
+    assert run("hf.py", "import", folder, "--out", tmp_path / "run").returncode == 0
+    weight = load_file(folder / "model.safetensors")["pooler.dense.weight"]
+    for model, tokenizer in (hf.load(folder), load_run(tmp_path / "run")[:2]):
+        assert torch.equal(Classifier(model, tokenizer, 2, 16, seed=0).pool.weight, weight)
+        model.pooler = None
+        zero, one = (Classifier(model, tokenizer, 2, 16, seed).pool.weight for seed in (0, 1))
+        assert not torch.equal(zero, weight) and not torch.equal(zero, one)
 
 
 def test_the_command(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -53,8 +54,10 @@ def test_weights_and_biases_has_the_log(tiny, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = go(tiny, "--log_to", "wandb")
-    wandb.finish()  # it keeps the last step to itself until then
-    (written,) = run.glob("wandb/offline-run-*/*.wandb")
-    loss = json.dumps(events(run)[-1]["loss"]).encode()
-    assert loss in written.read_bytes()
-    assert all(name in written.read_bytes() for name in (b"done/loss", b"step/layers", b"eval/loss_2_layers"))
+    wandb.finish()
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    wanted = [b"step/layers", b"eval/loss_2_layers", b"done/loss", json.dumps(events(run)[-1]["loss"]).encode()]
+    limit = time.monotonic() + 30  # another process writes it
+    while not all(part in file.read_bytes() for part in wanted) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert all(part in file.read_bytes() for part in wanted)
