@@ -22,16 +22,18 @@ import json
 import random
 import statistics
 from pathlib import Path
+from statistics import median
 
 import torch
 
+import checkpoint
 import eval_superglue
 import hf
 import superglue
 from bench import trainer
 from eval_superglue import Answers
 from padding import batches, padded
-from timing import interleaved, median
+from timing import interleaved
 from train import choose_machine, steady_memory
 
 
@@ -87,6 +89,8 @@ def train_both(task, args, out, autocast):
         for name in list(results)[:: -1 if seed % 2 else 1]:
             done = out / f"{task}-{seed}-{name}-{args.memory}.json"
             settings = {key: getattr(args, key) for key in ("lr", "batch", "longest", "epochs")}
+            for file in (Path(args.folder, "model.safetensors"), Path(args.data, task, "train.jsonl")):
+                settings[file.name] = checkpoint.sha256(file)
             if not done.exists():
                 order = mixed if name.endswith("mixed") else batches
                 found = eval_superglue.fit(side(name, args, task, seed), args.data, args, autocast, order)
@@ -96,7 +100,7 @@ def train_both(task, args, out, autocast):
                 print(f"    {task}, seed {seed}, {name}: {kept['epochs'][-1]['score']:.3f}, {kept['seconds']:.0f} s", flush=True)
             found = json.loads(done.read_text())
             if found["settings"] != settings:
-                raise ValueError(f"{done}: was made with other settings; choose another --out")
+                raise ValueError(f"{done}: was made with other settings or files; choose another --out")
             results[name].append(found)
     return results
 

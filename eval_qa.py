@@ -40,10 +40,11 @@ import prepare
 import qa
 from data import rng
 from denoisers import MODES
+from finetune import Trainer, set_dropout
 from padding import batches
 from sample import load_run
 from spans import Spans, windows
-from train import choose_machine, parameter_groups, steady_memory
+from train import choose_machine, steady_memory
 
 NOTHING = "unanswerable"
 
@@ -173,32 +174,22 @@ def windows_of(model, tokenizer, questions, args, source=None):
 def finetune(model, tokenizer, questions, learned, seed, args, out, autocast):
     """{"epochs": scores, "predictions": of the last} of one fine-tuning on the windows `learned`. The model stays as it is."""
     encoder = copy.deepcopy(model)
-    for module in encoder.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = args.dropout
+    set_dropout(encoder, args.dropout)
     marker = Spans(encoder, tokenizer, seed).to(args.device)
     parts, lengths = windows_of(model, tokenizer, questions, args), [len(w.tokens) for w in learned]
-    optimizer = torch.optim.AdamW(parameter_groups(marker, 0.01), args.lr, fused=True)
-    total, step, scores = args.epochs * math.ceil(len(learned) / args.batch), 0, []
+    total, scores = args.epochs * math.ceil(len(learned) / args.batch), []
+    trainer = Trainer(marker, args.lr, total, 0.1, autocast)
     bar = tqdm(total=total, desc=f"{args.task}, seed {seed}", unit=" steps", disable=None)
     for epoch in range(args.epochs):
         marker.train()
         torch.manual_seed(int(rng(seed, "finetune dropout", epoch).integers(1 << 62)))
         for part in batches(lengths, args.batch, random.Random(f"{seed} {args.task} {epoch}")):
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(step / (0.1 * total + 1), (total - step) / (0.9 * total))
-            with autocast:
-                loss = marker.loss([learned[i] for i in part])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(marker.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = trainer.step(marker.loss, [learned[i] for i in part])
             bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
             bar.update()
         predictions = mark(marker, questions, parts, args, autocast)
-        scores.append({**qa.score(args.task, questions, predictions), "step": step})
-        bar.write(f"  seed {seed}, epoch {epoch + 1}, step {step}: {line(scores[-1])}", file=sys.stderr)
+        scores.append({**qa.score(args.task, questions, predictions), "step": trainer.done})
+        bar.write(f"  seed {seed}, epoch {epoch + 1}, step {trainer.done}: {line(scores[-1])}", file=sys.stderr)
     bar.close()
     return {"epochs": scores, "predictions": predictions}
 
@@ -339,7 +330,7 @@ def main():
     args = parser.parse_args()
     try:
         show_score(args) if args.score else evaluate(args, parser)
-    except (ValueError, checkpoint.NoCheckpoint) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 

@@ -32,10 +32,11 @@ import checkpoint
 import superglue
 from data import rng
 from denoisers import MODES
+from finetune import Trainer, set_dropout
 from padding import batches, padded
 from sample import load_run
 from superglue import MAIN, TASKS
-from train import choose_machine, parameter_groups, steady_memory
+from train import choose_machine, steady_memory
 
 EPOCHS = {"CB": 10, "COPA": 10, "WSC": 10, "RTE": 5, "WiC": 5, "BoolQ": 4, "MultiRC": 2, "ReCoRD": 2}
 
@@ -214,6 +215,7 @@ class Answers:
         """(tokens, prefix): [S] text <0>, which is read, then <0> and the answer and [SEP], as the S-denoiser has it. What is
         too long loses its beginning."""
         answer, words = [*self.tokenizer.encode(choice), self.tokenizer.eos_id()], self.tokenizer.vocab_size()
+        answer = answer[-(self.model.config.seq - 3) :]
         mode, gap = words + MODES.index("[S]"), words + len(MODES)
         room = self.model.config.seq - len(answer) - 3
         text = self.tokenizer.encode(asked)[-room:] if room > 0 else []
@@ -280,9 +282,7 @@ def finetune(run, task, data, seed, args, autocast):
     """One fine-tuning of a run's model; see `fit`."""
     model, tokenizer, _ = load_run(run, args.device)
     answers = Answers(model, tokenizer, task, args.longest, seed)
-    for module in answers.model.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = args.dropout
+    set_dropout(answers.model, args.dropout)
     return fit(answers, data, args, autocast)
 
 
@@ -303,24 +303,16 @@ def fit(answers, data, args, autocast, order=batches):
         answers.model.keep_words([row for part in (examples, *prepared.values()) for rows, _, _ in part for row in rows])
     answers.model.to(args.device)
     lengths = [sum(len(row[0]) for row in example[0]) for example in examples]
-    optimizer = torch.optim.AdamW(parameter_groups(answers.model, 0.01), args.lr, fused=True)
-    epochs = args.epochs or EPOCHS[task]
-    total, step, scores = epochs * math.ceil(len(examples) / args.batch), 0, []
+    epochs, scores = args.epochs or EPOCHS[task], []
+    total = epochs * math.ceil(len(examples) / args.batch)
+    trainer = Trainer(answers.model, args.lr, total, 0.06, autocast)
     bar = tqdm(total=total, desc=f"{task}, seed {seed}", unit=" steps", leave=False, disable=None)
     for epoch in range(epochs):
         began = time.perf_counter()
         answers.model.train()
         torch.manual_seed(int(rng(seed, "finetune dropout", epoch).integers(1 << 62)))
         for part in order(lengths, args.batch, random.Random(f"{seed} {task} {epoch}")):
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(step / (0.06 * total + 1), (total - step) / (0.94 * total))
-            with autocast:
-                loss = answers.loss([examples[i] for i in part])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(answers.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = trainer.step(answers.loss, [examples[i] for i in part])
             bar.update()
         loss.item()  # a GPU has done its work only now
         seconds += time.perf_counter() - began
@@ -371,7 +363,7 @@ def summarize(out, tasks, results):
 
 
 def main():
-    from options import Parser, count, natural, positive, share
+    from options import Parser, count, natural, number, positive, share
 
     parser = Parser(prog="eval_superglue.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -386,7 +378,8 @@ def main():
     parser.add_argument("--epochs", type=natural, default=0, help="0: by task, 2 for large to 10 for small ones")
     parser.add_argument("--lr", type=positive, default=3e-5, help="peak learning rate [3e-5]")
     parser.add_argument("--batch", type=count, default=16, help="examples a step [16]")
-    parser.add_argument("--longest", type=count, default=256, help="tokens of a pair at most [256]")
+    parser.add_argument("--longest", type=number(int, "a whole number, 8 or above", lambda x: x >= 8), default=256,
+                        help="tokens of a pair at most [256]")  # fmt: skip
     parser.add_argument("--dropout", type=share, default=0.1, help="dropout rate while fine-tuning [0.1]")
     parser.add_argument("--out", default="", help="folder of the results [out/superglue/NAME OF THE RUN]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -397,7 +390,7 @@ def main():
         if args.score:
             return show_score(superglue.score(args.score, args.data))
         evaluate(args, parser)
-    except (ValueError, checkpoint.NoCheckpoint) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 
@@ -407,6 +400,14 @@ def show_score(result):
     name = "SuperGLUE score" if not left else f"{result['of']}-task mean (without {', '.join(left)})"
     if result["of"]:
         print(f"{name}: {result['mean']:.4f}", file=sys.stderr)
+
+
+def settings_of(args, run, task):
+    """What a result depends on, beside the seed."""
+    names = ("epochs", "lr", "batch", "longest", "dropout", "shots")
+    files = [Path(args.data, task, "train.jsonl"), superglue.validation_file(args.data, task)]
+    kept = {"run": str(Path(run).resolve()), "checkpoint": [folder.name for folder in checkpoint.folders(run)][-1:]}
+    return kept | {file.name: checkpoint.sha256(file) for file in files if file.exists()} | {n: getattr(args, n) for n in names}
 
 
 def evaluate(args, parser):
@@ -432,11 +433,11 @@ def evaluate(args, parser):
     for task in tasks:
         for seed in range(args.seeds):
             done = out / "runs" / f"{task}-{seed}.json"
-            settings = {name: getattr(args, name) for name in ("epochs", "lr", "batch", "longest", "dropout", "shots")}
+            settings = settings_of(args, run, task)
             if done.exists():
                 kept = json.loads(done.read_text())
                 if kept["settings"] != settings:
-                    raise ValueError(f"{done}: was made with other settings; choose another --out")
+                    raise ValueError(f"{done}: was made with other settings or files; choose another --out")
                 found = {"epochs": kept["epochs"], "predictions": {
                     t: {tuple(key): label for key, label in pairs} for t, pairs in kept["predictions"].items()}}  # fmt: skip
             else:

@@ -2,7 +2,7 @@
 
 Sources: the benchmarks' own rules: SuperGLUE (Wang et al., arXiv 1905.00537), SQuAD 2.0 (Rajpurkar et al., arXiv 1806.03822),
 TriviaQA (Joshi et al., arXiv 1705.03551), Winogender parity (Rudinger et al., arXiv 1804.09301).
-Not here: the formats of the tasks (eval_superglue.py, eval_qa.py).
+Not here: the formats of the tasks (superglue.py, qa.py).
 """
 
 import collections

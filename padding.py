@@ -1,5 +1,5 @@
-"""Texts of different length in one batch: such as are about equally long, filled up to the longest. For evaluation; batches for
-training have one length (data.py)."""
+"""Texts of different length in one batch: such as are about equally long, filled up to the longest. For evaluation and
+fine-tuning; batches for pretraining have one length (data.py)."""
 
 import torch
 

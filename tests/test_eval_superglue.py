@@ -1,6 +1,8 @@
+import contextlib
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import eval_superglue
 import sample
 import superglue
+from finetune import Trainer, set_dropout
 from model import BERT, Config
 from test_superglue import LINES, data, run  # noqa: F401
 
@@ -169,3 +172,40 @@ def test_bad_flags(runs, data, flags, word):  # noqa: F811
 def test_not_a_run(data, tmp_path):  # noqa: F811
     shown = run("--finetune", tmp_path, "--data", data)
     assert shown.returncode == 2 and str(tmp_path) in shown.stderr and shown.stderr.count("\n") == 1
+
+
+def test_dropout_is_everywhere_or_nowhere(runs):
+    own = answers(runs["bert"], "CB").model.train()
+    rows = [own.row("it is so", "is it"), own.row("so it is", "it")]
+    set_dropout(own, 0.0)
+    assert torch.equal(own(rows), own(rows))
+    set_dropout(own, 0.5)
+    assert own.encoder.dropout == own.dropout == 0.5 and not torch.equal(own(rows), own(rows))
+
+
+def test_a_trainer_takes_every_step_and_rises_and_falls():
+    weight = torch.nn.Linear(1, 1, bias=False)
+    trainer, rates = Trainer(weight, 1.0, 20, 0.25, contextlib.nullcontext()), []
+    for _ in range(20):
+        before = weight.weight.item()
+        trainer.step(lambda batch: weight(batch).sum(), torch.ones(1, 1))
+        assert weight.weight.item() < before  # the last step too
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == sorted(rates[:6]) + sorted(rates[6:], reverse=True) and 0 < rates[-1] < 0.1 and max(rates) <= 1
+
+
+def test_an_answer_longer_than_the_model_keeps_its_end(runs):
+    own = answers(runs["ul2"], "ReCoRD", shots=0)
+    tokens, prefix = own.continuation("it", "so " * 99)
+    assert len(tokens) == own.model.config.seq and prefix == 2 and tokens[-1] == own.tokenizer.eos_id()
+    assert torch.isfinite(own.likelihood([(tokens, prefix)])).all()
+
+
+def test_results_of_another_run_or_text_are_not_taken_for_this_ones(runs, tmp_path):
+    folder, flags = learnable(tmp_path / "data"), ["--tasks", "RTE", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "out"]
+    shutil.copytree(runs["bert"], tmp_path / "other")
+    assert run("--finetune", runs["bert"], "--data", folder, *flags).returncode == 0
+    shown = run("--finetune", tmp_path / "other", "--data", folder, *flags)
+    assert shown.returncode == 2 and "other settings or files" in shown.stderr
+    (folder / "RTE" / "train.jsonl").write_text((folder / "RTE" / "val.jsonl").read_text())
+    assert run("--finetune", runs["bert"], "--data", folder, *flags).returncode == 2
