@@ -37,7 +37,7 @@ def lock(run):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
-        raise ValueError(f"--out {run}: another process is training there") from None
+        raise ValueError(f"--out {run}: another process is at work there") from None
     except OSError as error:
         raise ValueError(f"--out {run}: cannot be written ({error.strerror})") from None
 
@@ -132,7 +132,7 @@ def load(folder, device="cpu"):
         raise ValueError(f"it cannot be read ({error})") from None
 
 
-def load_newest(run, device="cpu"):
+def load_newest(run):
     """(tensors, meta) of the newest good checkpoint of a run, or None if the run has none at all.
 
     Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted.
@@ -141,7 +141,7 @@ def load_newest(run, device="cpu"):
     reasons = [f"{path.name}: set aside earlier" for path in sorted(Path(run).glob("step_*.corrupt*"))]
     for folder in reversed(folders(run)):
         try:
-            return load(folder, device)
+            return load(folder)
         except ValueError as error:
             aside = next(p for n in range(1_000_000) if not (p := Path(f"{folder}.corrupt{n or ''}")).exists())
             folder.rename(aside)

@@ -1,6 +1,6 @@
 """UL2's mixture of denoisers: a text becomes a prefix to read, with spans taken out, and what was taken out, to write.
 
-    python denoisers.py                      one text, seen by each of the seven denoisers
+    python denoisers.py                      one text, seen by each denoiser
 
 A row of T + 1 tokens is   [mode] text with <0>, <1>, ... where spans were   |   <0> span 0 <1> span 1 ... [SEP]
 and the model, which reads the part before the bar in both directions, learns to write the part after it. Rows are full: as

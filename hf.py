@@ -45,8 +45,10 @@ def over(layers, subnetwork):
 
     Make the optimizer outside, over all parameters, and let skipped gradients be None (zero_grad(set_to_none=True)).
     Under DistributedDataParallel this fails or hangs: it waits for the gradients of skipped layers. Sum the gradients that
-    are there yourself (parallel.py), or use FSDP2.
+    are there yourself (parallel.py), or use FSDP2. ValueError for a subnetwork that leaves out more than layers.
     """
+    if subnetwork is not None and (subnetwork.width or subnetwork.rows or subnetwork.frozen):
+        raise ValueError("hf.over runs some of the layers; it cannot cut their width, freeze them or pick sequences")
     everything = dict(layers._modules)
     if subnetwork is not None:
         kept = [layers[i] for i in subnetwork.layers]

@@ -7,6 +7,7 @@ log.jsonl stays the run's only record: these see what is written to it. A run th
 TensorBoard, what was logged beyond its checkpoint; Weights & Biases ignores what comes twice.
 """
 
+import hashlib
 import importlib.util
 
 
@@ -21,7 +22,7 @@ def numbers(event, facts):
 def tensorboard(run, step, flags):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run / "tensorboard", purge_step=step + 1 if step else None)
+    writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def show(event, facts):
         for name, value in numbers(event, facts).items():
@@ -35,7 +36,8 @@ def tensorboard(run, step, flags):
 def wandb(run, step, flags):
     import wandb
 
-    made = wandb.init(project="raptr", name=run.name, id=run.name, resume="allow", dir=run, config=flags)
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # one run per folder
+    made = wandb.init(project="raptr", name=run.name, id=name, resume="allow", dir=run, config=flags)
     return lambda event, facts: made.log(numbers(event, facts), step=facts.get("step", 0))
 
 

@@ -71,10 +71,10 @@ class Shared(NamedTuple):
     gain: object = None  # of a layer cut in width: multiplies what its heads and hidden neurons hand on
 
 
-def rotary(seq, dim, device=None, base=10_000.0):
+def rotary(seq, dim, base=10_000.0):
     """Cosines and sines of the rotary angles, each (T, dim)."""
-    frequency = base ** (-torch.arange(0, dim, 2, device=device) / dim)
-    angle = torch.outer(torch.arange(seq, device=device), frequency).repeat(1, 2)
+    frequency = base ** (-torch.arange(0, dim, 2) / dim)
+    angle = torch.outer(torch.arange(seq), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
@@ -209,7 +209,8 @@ class Stack(nn.Module):
 
     def __init__(self, config, seed=0):
         super().__init__()
-        self.config, self.pooler = config, None  # {"weight", "bias"} of the layer above [CLS], if it came with one (hf.py)
+        self.config, self.dropout = config, config.dropout
+        self.pooler = None  # {"weight", "bias"} of the layer above [CLS], if it came with one (hf.py)
         C, V = config.width, config.padded_vocab
         post = config.norm == "post"
         self.tokens = nn.Embedding(V, C)
@@ -259,7 +260,7 @@ class Stack(nn.Module):
             x = x + self.positions.weight[start : start + T]
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
-        x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
+        x = F.dropout(self.embedding_norm(x), self.dropout, self.training)
         rotation = (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
         if self.relative is not None:
             place = torch.arange(start + T, device=x.device)
@@ -344,7 +345,8 @@ class UL2(Stack):
     def states(self, tokens, prefix, subnetwork=None):
         """States (B, T, C) of token ids (B, T), of which the first `prefix` (B,) are read in both directions."""
         picks_rows = subnetwork is not None and subnetwork.rows is not None
-        fused = tokens.is_cuda and self.relative is None and not picks_rows
+        drops = self.training and self.dropout > 0  # which flex attention cannot
+        fused = tokens.is_cuda and self.relative is None and not picks_rows and not drops
         return self.encode(tokens, subnetwork, self.mask(prefix, tokens.shape[1], fused))
 
     def logits(self, tokens, prefix, subnetwork=None):

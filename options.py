@@ -249,7 +249,7 @@ def parse(argv):
         if args.arch == "ul2" and args.seq < 32:
             raise ValueError(f"--seq {args.seq}: --arch ul2 needs 32 or more, for a mode, a prefix, spans and their names")
         methods.choose(args)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         parser.error(str(error))
     given = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
     for name in sorted(given & (set.union(*methods.READS.values()) - methods.reads(args))):

@@ -55,7 +55,8 @@ class Ranks:
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
     def gather(self, *numbers, code=0):
-        """Three numbers of every rank (missing ones are 0), as [(a, b, c), ...] by rank. Raises Left if a rank has left."""
+        """Up to three numbers of every rank, as [(a, b, c), ...] by rank, with 0 for those not given if there are several ranks.
+        Raises Left if a rank has left."""
         if self.size == 1:
             return [numbers]
         own = torch.tensor([code, *numbers, *[0] * (3 - len(numbers))], dtype=torch.float64)  # exact up to 2^53

@@ -113,8 +113,8 @@ def cut(text):
 
 
 def text_files(paths):
-    """The .txt and .jsonl files, plain or .gz, among `paths` and in the folders among them, and what hf:NAME among them stands
-    for (hub.py). ValueError if there are none."""
+    """The .txt, .jsonl and .json files, plain or .gz, among `paths` and in the folders among them, and what hf:NAME among them
+    stands for (hub.py). ValueError if there are none."""
     files, paths = [], [*paths]
     for path in paths:
         if str(path).startswith("hf:"):
@@ -382,7 +382,7 @@ def encode_parts(folder, parts, share):
     workers = min(len(parts), os.cpu_count() or 1)
     if workers < 2:
         return [encode_part(folder, number, part, share(number)) for number, part in enumerate(parts)]
-    sizes, found = [sum(map(size_of, part)) for part in parts], {}
+    sizes, found = [PART if callable(part) else sum(map(size_of, part)) for part in parts], {}
     bar = tqdm(total=sum(sizes), desc="encoding", unit="B", unit_scale=True, leave=False, disable=None)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         threads = max(1, os.cpu_count() // workers)
@@ -465,15 +465,20 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
                 (folder / f"{number:05d}.{ending}").unlink()
         (folder / "meta.json").write_text(json.dumps(meta))
         (folder / "lock").unlink()
-        folder.rename(out)
+        try:
+            folder.rename(out)
+        except OSError:
+            if not out.exists():
+                raise
+            shutil.rmtree(folder)  # another process was sooner
     except ValueError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def prepared(data="", vocab=4096, cache="corpus"):
+def prepared(data="", vocab=4096):
     """The folder of a prepared corpus. `data` is such a folder, or a folder or file of text, or "" for the default corpus;
-    the latter two are prepared at the first call and kept in the folder `cache`. ValueError as in `prepare`."""
+    the latter two are prepared at the first call and kept in the folder corpus/. ValueError as in `prepare`."""
     if data and (Path(data) / "meta.json").exists():
         return Path(data)
     if data:
@@ -485,7 +490,7 @@ def prepared(data="", vocab=4096, cache="corpus"):
         versions = [f"python{platform.python_version()}", f"torch{importlib.metadata.version('torch')}"]
         name, facts, source = "manual", versions, "manual of " + ", ".join(versions)
     key = hashlib.sha256(json.dumps([VERSION, vocab, facts]).encode()).hexdigest()[:8]
-    out = Path(__file__).parent / cache / f"{name}-{vocab}-{key}"
+    out = Path(__file__).parent / "corpus" / f"{name}-{vocab}-{key}"
     if not out.exists():
         print(f"preparing {source} (once; kept in {out})", file=sys.stderr, flush=True)
         documents = [] if data else list(manual())

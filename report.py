@@ -21,6 +21,10 @@ def read_log(run):
     return events
 
 
+def has_ended(events):
+    return bool(events) and events[-1]["event"] == "done"
+
+
 def draw_run(run):
     """loss.png: loss over the steps, and below it which layers ran. Needs matplotlib; without it, no figure."""
     try:
@@ -84,6 +88,6 @@ def summarize(run):
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1], "log.jsonl").exists():
         sys.exit("report.py: name one run folder, like out/bert_toy-raptr-0")
-    if read_log(Path(sys.argv[1]))[-1]["event"] != "done":
+    if not has_ended(read_log(Path(sys.argv[1]))):
         sys.exit(f"report.py: {sys.argv[1]} has not ended yet")
     summarize(Path(sys.argv[1]))

@@ -27,7 +27,7 @@ GAP = "___"
 
 
 def load_run(run, device="cpu"):
-    """(model, tokenizer, flags) of a run folder, from its newest good checkpoint. ValueError if it is not one."""
+    """(model, tokenizer, flags) of a run folder, from its newest checkpoint. ValueError if it is not one, or that is bad."""
     run = Path(run)
     try:
         given = json.loads((run / "config.json").read_text())
@@ -44,7 +44,7 @@ def load_run(run, device="cpu"):
         tokenizer = hf.WordPiece(run / "vocab.txt")
     else:
         tokenizer = prepare.load_tokenizer(run / "tokenizer.model")
-    tensors, meta = checkpoint.load(folders[-1], device)
+    tensors = checkpoint.load(folders[-1], device)[0]
     config = transformer.Config.of(args, denoisers.model_vocab(args, tokenizer.vocab_size()))
     model = transformer.make(config).to(device).eval()
     depth = 1 + max(int(name.split(".")[1]) for name in tensors["model"] if name.startswith("blocks."))
@@ -207,7 +207,7 @@ def main():
             answer(model, tokenizer, text, args)
     except EOFError:
         print()
-    except (ValueError, checkpoint.NoCheckpoint) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 

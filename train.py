@@ -1,11 +1,11 @@
-"""Train a transformer, one subnetwork per step. The loop and its flags; read it from top to bottom.
+"""Train a transformer, one subnetwork per step. The loop; read it from top to bottom.
 
     python train.py                                         a 12-layer BERT by RaPTr, minutes on a laptop
     python train.py --method full --out out/full            the same by full training
     torchrun --nproc_per_node 8 train.py --config configs/bert_base.toml          the paper's size
 
 The same command continues a run that was stopped. Not here: which layers train (raptr.py), the model (model.py), the
-text (data.py), several processes (parallel.py). Every flag: python train.py --help
+text (data.py), several processes (parallel.py). Every flag (options.py): python train.py --help
 """
 
 import functools
@@ -142,12 +142,14 @@ def load_moments(model, optimizer, tensors):
             parallel.copy_into(value, tensors[f"{key}.{name}"])
 
 
-def initial_weights(args, config, depth):
+def initial_weights(args, config, depth, tokenizer):
     """What the run folder --init holds, once it is known that its weights fit: {"model": ..}, and "optimizer" if it is there and
-    wanted. ValueError if they do not, or it is not."""
+    wanted. ValueError if they do not, or it is not, or the run had another tokenizer than the one of this hash."""
     if not checkpoint.folders(args.init):
         raise ValueError(f"--init {args.init}: there is no checkpoint in it")
-    tensors = checkpoint.load(checkpoint.folders(args.init)[-1])[0]
+    tensors, meta = checkpoint.load(checkpoint.folders(args.init)[-1])
+    if meta.get("tokenizer_sha256", tokenizer) != tokenizer:
+        raise ValueError(f"--init {args.init}: was trained with another tokenizer than that of --data")
     if args.init_moments and "optimizer" not in tensors:
         raise ValueError(f"--init_moments: {args.init} has none")
     with torch.device("meta"):
@@ -272,6 +274,8 @@ def main(args, dtype, ranks):
     torch.set_float32_matmul_precision("high")
     device, first = ranks.device, ranks.rank == 0  # only the first process writes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if args.arch == "ul2":
+        denoisers.mixture(args.denoisers)  # a wrong name is found before a corpus is made
     tokens = data.open_corpus(args.data, args.vocab) if first else None
     ranks.gather()  # the others wait for the text to be there
     tokens = tokens or data.open_corpus(args.data, args.vocab)
@@ -284,7 +288,8 @@ def main(args, dtype, ranks):
 
     # --- run folder, and what an earlier start left in it ----------------------------------------------------------
     run = Path(args.out)
-    initial = initial_weights(args, config, method.depth(1)) if args.init and not checkpoint.folders(run) else None
+    fresh = args.init and not checkpoint.folders(run)
+    initial = initial_weights(args, config, method.depth(1), corpus.meta["tokenizer_sha256"]) if fresh else None
     flags_now = {**vars(args), "data_fingerprint": corpus.fingerprint}
     newest = lock = None
     if first:

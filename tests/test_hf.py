@@ -139,6 +139,14 @@ def test_a_training_loop_with_it():
     assert losses[-1] < losses[0] - 1 and all(torch.equal(a, b) for a, b in zip(before, model.model.layers[2].parameters()))
 
 
+def test_over_refuses_what_it_cannot_do():
+    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    for more in ({"rows": ((0,), (0,))}, {"frozen": 1}):
+        with pytest.raises(ValueError, match="cannot"), hf.over(layers, Subnetwork((0, 2), **more)):
+            pass
+    assert len(layers) == 3
+
+
 # ---- a real model
 
 

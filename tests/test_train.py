@@ -363,3 +363,18 @@ def test_auto_stages_are_the_papers():
         method = train.methods.choose(options.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
         assert [stage.length for stage in method.plan] == stages
         assert isinstance(method.subnetwork(1), Subnetwork) and math.isclose(method.expected_layers(1), stages[0])
+
+
+def test_weights_of_another_tokenizer_are_refused(tiny, text, tmp_path, capsys):
+    run, other = go(tiny), tmp_path / "other"
+    train.data.prepare(lambda: ((d[::-1], True) for d in text), other, 512)
+    flags = [*tiny[: tiny.index("--data")], "--data", str(other), "--out", str(tmp_path / "next"), "--init", str(run)]
+    assert train.start(options.parse(flags)) == 2 and "another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_wrong_denoiser_is_found_before_a_corpus_is_made(tmp_path, capsys):
+    (tmp_path / "some.txt").write_text("Some words.\n\nSome more of them.")
+    flags = ["--arch", "ul2", "--denoisers", "r3,foo", "--data", str(tmp_path / "some.txt"), "--out", str(tmp_path / "run")]
+    assert train.start(options.parse(flags)) == 2
+    assert "foo" in capsys.readouterr().err and not (tmp_path / "run").exists()
