@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +53,7 @@ import stacking
 import train
 import width
 from raptr import RaPTr, Stage, whole
-from timing import interleaved, median
+from timing import interleaved
 
 HERE = Path(__file__).parent
 
@@ -294,7 +295,7 @@ def bench_over(args, config, report):
 
 def bench_data(args, config, report):
     corpus = data.Corpus(prepare.prepared())
-    toy = transformer.Config(12, 128, 2, 512, 64, corpus.vocab, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
+    toy = transformer.Config.of(options.parse([]), corpus.vocab)
     step, turn = our_step(toy, 16, args.dtype), iter(range(1, 10**9))
     times = interleaved({"batch": lambda: corpus.batch(0, next(turn), 16, 64), "step": lambda: step(None)}, args.rounds)
     share = median([a / b for a, b in zip(times["batch"], times["step"])])
@@ -305,7 +306,7 @@ def bench_data(args, config, report):
 def bench_reliability(args, config, report):
     """What safety takes of the toy: checks and log at each step, a checkpoint every 400, beside a full step."""
     toy = options.parse(["--method=full"])
-    toy_config = transformer.Config(12, 128, 2, 512, 64, 4096, 0.0, "pre", "rotary", 0.088)  # configs/bert_toy.toml
+    toy_config = transformer.Config.of(toy, toy.vocab)
     ranks, turn = parallel.Ranks("cpu", 60), iter(range(1, 10**9))
     model, optimizer = train.build(toy, toy_config, 12, ranks)
     step = our_step(toy_config, 16, args.dtype)

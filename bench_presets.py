@@ -12,6 +12,7 @@ MFU = FLOPs of the layers that ran (model.flops) / seconds / peak. Peak is the d
 """
 
 import time
+from statistics import median
 
 import torch
 
@@ -23,7 +24,7 @@ import options
 import parallel
 import train
 from raptr import mean_layers, whole
-from timing import interleaved, median
+from timing import interleaved
 
 MICRO_BATCH = {"bert_base": 64, "bert_large": 32, "ul2_1p6b": 4}  # meant for 80 GB; train.py --dry_run estimates
 SHARE = {"ul2_1p6b": 8}  # a step has the sequences that one GPU of so many gets; elsewhere the preset's whole batch

@@ -33,7 +33,7 @@ import methods
 import options
 import train
 from raptr import whole
-from report import read_log
+from report import has_ended, read_log
 
 PARTS = {"raptr_width": "width", "raptr_both": "both"}
 ARMS = ["full", "full_flops", *[name for name in methods.NAMES if name != "full"], *PARTS, "fusion", "shallow", "shallow_flops"]
@@ -137,7 +137,7 @@ def shown(flags):
 def run_all(jobs, text, devices, count, may_fail=False):
     """Run [(folder, flags), ...], `count` at a time, one GPU each where there are some; what is finished returns at once.
     text: fingerprint of the corpus. may_fail: a run whose loss was not finite (exit code 3) is not an error."""
-    jobs = with_parents(jobs, text, devices, count)
+    jobs = with_parents(jobs, text, devices, count, may_fail)
     free = queue.Queue()
     for slot in range(count):
         free.put(devices[slot % len(devices)] if devices else None)
@@ -159,7 +159,7 @@ def run_all(jobs, text, devices, count, may_fail=False):
         list(pool.map(one, jobs))
 
 
-def with_parents(jobs, text, devices, count):
+def with_parents(jobs, text, devices, count, may_fail):
     """The same jobs, where PARENTS stands for the fusion of two runs; they are trained and fused now, unless they have been."""
     before, made = [], {}
     for folder, flags in jobs:
@@ -171,11 +171,12 @@ def with_parents(jobs, text, devices, count):
             before += [(place, [*own, *narrow, f"--seed={args.seed + 100 * i}"]) for i, place in enumerate(places, 1)]
             made[folder] = (places, folder.with_name(f"{folder.name}-fused"))
     if before:
-        run_all(before, text, devices, count)
+        run_all(before, text, devices, count, may_fail)
     for parents, fused in made.values():
-        if not fused.exists():
+        if not fused.exists() and max(map(final_loss, parents)) < math.inf:
             deep_fusion.main([*map(str, parents), f"--out={fused}"])
-    return [(folder, [f"--init={made[folder][1]}" if flag == PARENTS else flag for flag in flags]) for folder, flags in jobs]
+    there = [(folder, flags) for folder, flags in jobs if folder not in made or made[folder][1].exists()]
+    return [(folder, [f"--init={made[folder][1]}" if flag == PARENTS else flag for flag in flags]) for folder, flags in there]
 
 
 def finished(folder, flags, text):
@@ -187,12 +188,12 @@ def finished(folder, flags, text):
     for name in different:
         what = "text" if name == "data_fingerprint" else f"--{name}"
         raise ValueError(f"{folder} was trained with another {what}; choose another --name")
-    return read_log(folder)[-1]["event"] == "done"
+    return has_ended(read_log(folder))
 
 
 def final_loss(folder):
-    last = read_log(folder)[-1]
-    return last["loss"] if last["event"] == "done" else math.inf
+    events = read_log(folder) if (folder / "log.jsonl").exists() else []  # none of a fusion whose parents diverged
+    return events[-1]["loss"] if has_ended(events) else math.inf
 
 
 def summary(folder, arm, seed):

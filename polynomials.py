@@ -15,7 +15,7 @@ reference. Each arm's learning rate is chosen on seeds 100-102, at one width, an
 Not here: the methods (raptr.py, layerdrop.py, stacking.py), which are used as they are.
 
 Source: RaPTr (Panigrahi et al., arXiv 2402.05913), its polynomial toy. We know no more of its setting than 20 residual layers
-and D = 10; nesting, d, m, widths, optimizer and steps are ours.
+and D = 10; nesting, d, m, layers (8), widths, optimizer and steps are ours.
 Legend: L layers, C width, n inputs, d variables, D degrees, m monomials of each degree.
 """
 

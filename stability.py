@@ -208,7 +208,7 @@ def show_logs(folder, out):
     lines = ["| method | change | before | after | jump | runs |", "|---|---|---|---|---|---|"]
     lines += [f"| {arm} | {change} | {a:.3f} | {b:.3f} | {b - a:+.3f} | {n} |" for arm, change, a, b, n in table]
     ours = [b - a for arm, _, a, b, _ in table if arm == "raptr"]
-    theirs = [b - a for arm, _, a, b, _ in table if arm != "raptr"]
+    theirs = [b - a for arm, _, a, b, _ in table if not arm.startswith("raptr")]
     if ours and theirs:
         lines += ["", f"Verdict: where a stage begins RaPTr's loss changes by {min(ours):+.3f} to {max(ours):+.3f},"]
         lines += [f"that of networks that grow by {min(theirs):+.3f} to {max(theirs):+.3f}."]

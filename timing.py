@@ -1,11 +1,6 @@
 """Things timed in turn, for the benchmarks: a slow moment of the machine hits all of them."""
 
-import statistics
 import time
-
-
-def median(values):
-    return statistics.median(values)
 
 
 def interleaved(candidates, rounds, warmup=3, pause=0.0):

@@ -183,3 +183,19 @@ def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
 def test_bad_flags(flags, word):
     shown = script("compare.py", *flags.split())
     assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+
+
+def test_a_fusion_whose_parents_diverge_loses(tmp_path, corpus, monkeypatch):
+    """While learning rates are tried: it counts as infinite, and the others go on."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32"
+    job = [*flags.split(), f"--data={corpus}", "--method=full", compare.PARENTS, "--lr=1e30", "--clip=0", "--warmup=0"]
+    text = train.data.Corpus(corpus).fingerprint
+    compare.run_all([(tmp_path / "out" / "fusion-0", job)], text, [], 1, may_fail=True)
+    assert compare.final_loss(tmp_path / "out" / "fusion-0") == math.inf
+
+
+def test_a_run_that_never_began_is_not_finished(tmp_path):
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "config.json").write_text("{}")
+    assert not compare.finished(tmp_path, ["--method=full"], "text") and compare.final_loss(tmp_path) == math.inf
