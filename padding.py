@@ -9,7 +9,7 @@ def batches(lengths, size, generator=None):
     order = list(range(len(lengths)))
     if generator:
         generator.shuffle(order)
-        pool = 32 * size  # sorted among so many
+        pool = size * max(1, min(32, len(order) // (4 * size)))  # sorted among so many: a text's company changes every time
         order = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)]
     else:
         order.sort(key=lengths.__getitem__)
