@@ -1,7 +1,8 @@
 """Why growing the path hurts so little: how much a network changes when one of its layers is left out.
 
     python stability.py                                  linear networks at initialisation: jump against depth (a)
-    python stability.py --run out/bert_toy-raptr-0       a trained model: each layer bypassed, paths of every length (b)
+    python stability.py --run out/bert_toy-raptr-0       a trained model: each layer bypassed, paths of every length (b);
+                             if its checkpoints were kept (--keep_every), the jump of each stage change against its bound
     python stability.py --logs results/short             measured jumps of RaPTr and of the growing methods (c)
 
 The statement. Let F be a network of L layers and F_l the same without layer l. When training goes from paths of L - 1 layers
@@ -24,8 +25,13 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
+import methods
 from compare import interval, jumps
+from data import NO_TARGET, open_corpus
+from denoisers import view
 from raptr import RaPTr, Stage, Subnetwork, whole
+from sample import load_run
 
 KINDS = {
     "residual and norm": (True, True), "residual only": (True, False), "norm only": (False, True), "neither": (False, False),
@@ -147,55 +153,113 @@ def draw(found, path):
 # (b) A trained model
 
 
-@torch.no_grad()
-def trained(run_folder, paths=8):
-    """Of a run's model, on its held-out text: {"full": loss, "layers": [(loss, output change) without layer l],
-    "lengths": {k: losses of random paths of k layers}}."""
-    from data import NO_TARGET, open_corpus
-    from denoisers import view
-    from sample import load_run
+class Answer:
+    """What a model says at the targets of a batch: mean loss, states (n, C), and the length (n,) of the loss's gradient there."""
 
+    def __init__(self, model, batch, path):
+        at = batch[2] != NO_TARGET
+        with torch.no_grad():
+            self.states = model.states(*batch[:2], path)[at]
+        loss = model.cross_entropy(self.states.requires_grad_(), batch[2][at])
+        self.slope = torch.autograd.grad(loss, self.states)[0].norm(dim=-1)
+        self.loss = loss.item() / len(self.states)
+
+    def change(self, other):
+        """Mean of ||F - F'|| over the targets."""
+        return (self.states - other.states).detach().norm(dim=-1).mean().item()
+
+    def bound(self, other):
+        """Of |jump|: c times the change, c the largest slope of the loss between the two. The cross-entropy is convex in the
+        states, so that on a line between two of them it is steepest at an end."""
+        return max(self.slope.max(), other.slope.max()).item() * self.change(other)
+
+
+def trained(run_folder, paths=8):
+    """Of a run's model, on its held-out text: {"full": loss, "layers": [(loss, relative output change, bound) without layer l],
+    "lengths": {k: losses of random paths of k layers}, "stages": [(step, k, next k, jump, bound)] for each stage of RaPTr at
+    whose end there is a checkpoint}."""
     model, _, flags = load_run(run_folder)
     corpus = view(flags, open_corpus(flags.data, flags.vocab))
     batch = [torch.from_numpy(part) for part in corpus.fixed(flags.eval_sequences, flags.seq)]
-    count, L = int((batch[2] != NO_TARGET).sum()), len(model.blocks)
-    loss = lambda path: float(model(batch, path)) / count  # noqa: E731
-    full = model.states(*batch[:2])
-    size = full.square().sum(-1).sqrt()
-    layers = [
-        (loss(path), ((model.states(*batch[:2], path) - full).square().sum(-1).sqrt() / size).mean().item())
-        for path in one_layer_less(L)
-    ]
-    lengths = {}
+    L = len(model.blocks)
+    full = Answer(model, batch, None)
+    size = full.states.detach().norm(dim=-1).mean().item()
+    less = [Answer(model, batch, path) for path in one_layer_less(L)]
+    found = {"full": full.loss, "layers": [(a.loss, a.change(full) / size, a.bound(full)) for a in less], "lengths": {}}
     for k in range(1, L):
         method = RaPTr([Stage(1, paths, k)], L, {0, L - 1} if k > 1 else set())
-        lengths[k] = [loss(method.path(k, f"stability {i}")) for i in range(paths)]
-    return {"full": loss(None), "layers": layers, "lengths": lengths}
+        found["lengths"][k] = [Answer(model, batch, method.path(k, f"stability {i}")).loss for i in range(paths)]
+    return found | {"stages": stage_changes(run_folder, model, flags, batch, paths)}
+
+
+def stage_changes(run_folder, model, flags, batch, paths):
+    """At the end of each stage: longer paths against shorter ones that lie in them, over the same weights."""
+    found, method = [], methods.choose(flags)
+    if flags.method != "raptr" or flags.part != "depth":
+        return found
+    weights = {int(folder.name.removeprefix("step_")): folder for folder in checkpoint.folders(run_folder)}
+    for a, b in zip(method.plan, method.plan[1:]):
+        if a.end in weights:
+            model.load_state_dict(checkpoint.load(weights[a.end])[0]["model"], strict=False)
+            pairs = [[Answer(model, batch, method.path(s.length, f"stability {i}")) for s in (a, b)] for i in range(paths)]
+            jump = statistics.mean(after.loss - before.loss for before, after in pairs)
+            bound = statistics.mean(after.bound(before) for before, after in pairs)
+            found.append((a.end, a.length, b.length, jump, bound))
+    return found
 
 
 def show_trained(run_folder, out):
     found, name = trained(run_folder), Path(run_folder).resolve().name
-    L = len(found["layers"])
-    lines = [
-        f"{name}: held-out loss {found['full']:.4f} with all {L} layers",
-        "",
-        "| without layer | loss | more | output changes by |",
-    ]
-    lines += ["|---|---|---|---|"]
-    lines += [
-        f"| {i} | {loss:.4f} | {loss - found['full']:+.4f} | {change:.1%} |" for i, (loss, change) in enumerate(found["layers"])
-    ]
+    text = describe_trained(found, name)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text)
+    (out / f"{name}.json").write_text(json.dumps(found))
+    draw_trained(found, out / f"{name}.png")
+    print("\n" + text)
+
+
+def describe_trained(found, name):
+    """Tables and a verdict, in words, of what `trained` found."""
+    full, layers, stages = found["full"], found["layers"], found["stages"]
+    L = len(layers)
+    lines = [f"{name}: held-out loss {full:.4f} with all {L} layers", ""]
+    lines += ["| without layer | loss | more | output changes by | bound of the jump |", "|---|---|---|---|---|"]
+    for i, (loss, change, bound) in enumerate(layers):
+        lines.append(f"| {i} | {loss:.4f} | {loss - full:+.4f} | {change:.1%} | {bound:.2f} |")
     lines += ["", "| layers in a random path | loss, mean ± std |", "|---|---|"]
     lines += [f"| {k} | {statistics.mean(v):.4f} ± {statistics.stdev(v):.4f} |" for k, v in found["lengths"].items()]
-    jump = found["full"] - statistics.mean(loss for loss, _ in found["layers"])
-    worst = max(range(L), key=lambda i: found["layers"][i][0])
-    kind = "falls" if jump < 0 else "rises"
-    lines += ["", f"Verdict: from paths of {L - 1} layers to all {L} the loss {kind} by {abs(jump):.4f}; the layer it needs"]
-    lines += [f"most is {worst} (+{found['layers'][worst][0] - found['full']:.4f} without it)."]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (out / f"{name}.json").write_text(json.dumps(found))
-    print("\n" + "\n".join(lines) + "\n")
+    if stages:
+        lines += ["", "| stage change after step | layers | jump | bound |", "|---|---|---|---|"]
+        lines += [f"| {step} | {a:g} to {b:g} | {jump:+.4f} | {bound:.2f} |" for step, a, b, jump, bound in stages]
+    jump = full - statistics.mean(loss for loss, _, _ in layers)
+    bound = statistics.mean(bound for _, _, bound in layers)
+    worst = max(range(L), key=lambda i: layers[i][0])
+    lines += [
+        "",
+        f"Verdict: from paths of {L - 1} layers to all {L} the loss changes by {jump:+.4f}, {abs(jump) / bound:.1%} of its",
+    ]
+    lines += [f"bound. The layer it needs most is {worst} ({layers[worst][0] - full:+.4f} without it)."]
+    if stages:
+        shares = [abs(jump) / bound for *_, jump, bound in stages]
+        lines += [f"Where a stage begins, the jump is {min(shares):.1%} to {max(shares):.1%} of the bound."]
+    return "\n".join(lines) + "\n"
+
+
+def draw_trained(found, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(range(len(found["layers"])), [loss - found["full"] for loss, _, _ in found["layers"]])
+    left.set(xlabel="layer left out", ylabel="more held-out loss, nats", xticks=range(len(found["layers"])))
+    lengths, losses = [*found["lengths"]], [*found["lengths"].values()]
+    right.errorbar(lengths, [statistics.mean(v) for v in losses], [statistics.stdev(v) for v in losses], fmt="o-", capsize=3)
+    right.axhline(found["full"], color="k", ls="--", lw=1, label="all layers")
+    right.set(xlabel="layers in a random path", ylabel="held-out loss, nats", xticks=lengths)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 # ----------------------------------------------------------------------------------------------------------------

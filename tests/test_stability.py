@@ -41,13 +41,15 @@ def run(*args):
 
 
 def test_a_trained_model(tiny, tmp_path):
-    folder = go(tiny, "--steps", 60, "--lr", "4e-3", "--init_std", 0.125)
+    folder = go(tiny, "--steps", 60, "--lr", "4e-3", "--init_std", 0.125, "--save_every", 20, "--keep_every", 20)
     shown = run("--run", folder, "--out", tmp_path / "out")
     assert shown.returncode == 0 and "Verdict" in shown.stdout, shown.stderr
     found = json.loads((tmp_path / "out" / "run.json").read_text())
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]["loss"]
     assert len(found["layers"]) == 4 and set(found["lengths"]) == {"1", "2", "3"} and abs(found["full"] - logged) < 0.3
-    assert all(change > 0 for _, change in found["layers"])
+    assert all(change > 0 and abs(loss - found["full"]) <= bound for loss, change, bound in found["layers"])
+    assert [stage[:3] for stage in found["stages"]] == [[20, 2, 3], [40, 3, 4]] and (tmp_path / "out" / "run.png").exists()
+    assert all(0 < abs(jump) <= bound for *_, jump, bound in found["stages"])
 
 
 def test_jumps_of_the_logs(tmp_path):
