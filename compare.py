@@ -407,6 +407,7 @@ def write_results(folder, title, runs, flags, jobs, tuning):
     """runs.jsonl, table.md, table.json and three figures. tuning: {arm: {learning rate: loss}}, where there was any."""
     folder.mkdir(parents=True, exist_ok=True)
     table, changes = rows(runs, flags), jumps(runs)
+    tuning = {a: {rate: x if math.isfinite(x) else "did not end" for rate, x in trials.items()} for a, trials in tuning.items()}
     (folder / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     (folder / "table.json").write_text(json.dumps({"rows": table, "jumps": changes, "tuning": tuning}, indent=1))
     (folder / "table.md").write_text(markdown(title, table, changes, runs, jobs))

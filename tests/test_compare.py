@@ -195,6 +195,16 @@ def test_a_fusion_whose_parents_diverge_loses(tmp_path, corpus, monkeypatch):
     assert compare.final_loss(tmp_path / "out" / "fusion-0") == math.inf
 
 
+def test_a_learning_rate_at_which_training_diverges_is_not_chosen(tmp_path, corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32 --clip 0"
+    compare.main(["--methods", "full", "--seeds", "1", "--name", "t", "--lr", "1e30,1e-3", "--warmup", "0"]
+                 + [*flags.split(), "--data", str(corpus)])  # fmt: skip
+    table = json.loads((tmp_path / "results/t/table.json").read_text(), parse_constant=pytest.fail)  # of Infinity, not JSON
+    assert table["tuning"]["full"]["1e+30"] == "did not end" and table["tuning"]["full"]["0.001"] > 0
+    assert table["rows"][0]["schedule"].endswith("lr 0.001")
+
+
 def test_a_run_that_never_began_is_not_finished(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     (tmp_path / "config.json").write_text("{}")
