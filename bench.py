@@ -235,13 +235,15 @@ def bench_rival(args, config, report):
     for process in workers.values():
         process.communicate()
     per_step = args.batch * config.seq
-    fastest = min(("sdpa", "eager"), key=lambda name: median(times[name]))
+    pairs = [(f"sdpa{memory}", f"eager{memory}") for memory in ("", ", steady memory")]
+    plain, steady = (min(pair, key=lambda name: median(times[name])) for pair in pairs)
     print(f"  full step against transformers {importlib.metadata.version('transformers')} BertForMaskedLM, {args.dtype},")
-    print("  each in a process of its own, in turn; `steady memory` lends them the malloc setting that train.py makes")
+    print("  each in a process of its own, in turn; `steady memory` lends them the malloc setting that train.py makes;")
+    print("  medians of tokens/s, and of each round's ratio to its faster one")
     for name in names:
-        ratio = median([b / a for a, b in zip(times[name], times[fastest])])
-        speed = per_step / median(times[name])
-        print(f"    {name:20} {speed:8,.0f} tokens/s   {ratio:5.2f} times its fastest ({fastest})")
+        ratios = [median([b / a for a, b in zip(times[name], times[rival])]) for rival in (plain, steady)]
+        speed, (ratio, lent) = per_step / median(times[name]), ratios
+        print(f"    {name:20} {speed:8,.0f} tokens/s   {ratio:5.2f} times {plain}   {lent:5.2f} times {steady}")
         report[f"times_transformers_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
 
 

@@ -1,14 +1,15 @@
 """The same fine-tuning through this project's BERT and through `transformers`: scores and time, in turn.
 
-    python bench_finetune.py FOLDER --data SUPERGLUE --tasks CB,RTE --seeds 3 --lr 1e-4       both, whole trainings
+    python bench_finetune.py FOLDER --data SUPERGLUE --tasks CB,RTE --seeds 3 --lr 1e-4       whole trainings of each side
     python bench_finetune.py FOLDER --data SUPERGLUE --tasks CB,RTE --steps 15                what a step's time consists of
     python bench_finetune.py FOLDER --data SUPERGLUE --tasks CB,RTE --steps 15 --memory plain
 
-FOLDER is of `transformers`: config.json, model.safetensors, vocab.txt. Both sides have the same rows of tokens, padded to the
-longest of a batch, the same batches in the same order, optimizer, schedule, epochs, dtype and malloc setting: both run
-eval_superglue.fit, which differs only in the model it is given. Theirs is AutoModelForSequenceClassification with all words; ours
-has the words of the task. Poolers and heads begin with the same weights. Dropout is drawn differently.
-`mixed`: on batches of any lengths, as its Trainer makes them unless told otherwise; --sides says who is compared.
+FOLDER is of `transformers`: config.json, model.safetensors, vocab.txt. Both sides have the same rows of tokens, padded to
+the longest of a batch, the same batches in the same order (`-mixed`: others), optimizer, schedule, epochs, dtype and malloc
+setting: both run eval_superglue.fit, which differs only in the model it is given. Theirs is
+AutoModelForSequenceClassification with all words; ours has the words of the task. Poolers and heads begin with the same
+weights. Dropout is drawn differently. `mixed`: on batches of any lengths, as its Trainer makes them unless told otherwise;
+--sides says who is compared.
 
 For every task and seed one side is trained after the other, and the next seed begins from the other end. What is finished is
 not done again: the same command continues. Let nothing else run meanwhile.
@@ -82,7 +83,7 @@ def side(name, args, task, seed):
 # Whole trainings
 
 
-def train_both(task, args, out, autocast):
+def train_sides(task, args, out, autocast):
     """{side: [one result of eval_superglue.fit per seed]}"""
     results = {name: [] for name in args.sides.split(",")}
     for seed in range(args.seeds):
@@ -152,7 +153,7 @@ def show_steps(task, args):
 
 
 def main():
-    from options import Parser, count, natural, positive
+    from options import Parser, count, length, natural, positive
 
     parser = Parser(prog="bench_finetune.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -164,7 +165,7 @@ def main():
     parser.add_argument("--epochs", type=natural, default=0, help="0: by task, as eval_superglue.py")
     parser.add_argument("--lr", type=positive, default=3e-5, help="peak learning rate [3e-5]")
     parser.add_argument("--batch", type=count, default=16, help="examples a step [16]")
-    parser.add_argument("--longest", type=count, default=256, help="tokens of a pair at most [256]")
+    parser.add_argument("--longest", type=length, default=256, help="tokens of a pair at most [256]")
     parser.add_argument("--sides", default="ours,eager,eager-mixed", help="of ours, eager, sdpa, or with -mixed [%(default)s]")
     parser.add_argument("--memory", choices=["steady", "plain"], default="steady", help="train.py's malloc setting, or none")
     parser.add_argument("--out", default="out/bench_finetune", help="folder of the results [out/bench_finetune]")
@@ -197,7 +198,7 @@ def compare(args):
             show_steps(task, args)
         else:
             out.mkdir(parents=True, exist_ok=True)
-            show_trainings(task, train_both(task, args, out, autocast))
+            show_trainings(task, train_sides(task, args, out, autocast))
         print()
 
 

@@ -62,6 +62,11 @@ def folders(run):
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def identity(run):
+    """SHA-256 of the newest checkpoint's manifest, which has those of its files; "" if there is none."""
+    return "".join(sha256(folder / "manifest.json") for folder in folders(run)[-1:])
+
+
 def save(run, step, tensors, meta, keep=2, keep_every=0):
     """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep`, and but those of
     every `keep_every`-th step (0: none).

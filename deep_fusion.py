@@ -29,7 +29,7 @@ import data
 import denoisers
 import model as transformer
 import options
-from sample import load_run
+from sample import load_run, own_text
 
 ADDED = ("width", "heads", "mlp")  # of the parents' shapes; all else they share
 TRAINING_ONLY = ("dropout", "init_std", "loss_chunk", "norm_parts")
@@ -205,19 +205,20 @@ def main(argv):
     try:
         (one, other), given, config = parents(args)
         state = [moments(run) for run in (a, b)] if args.moments else None
+        text = own_text(a, given) if args.measure else None
     except ValueError as error:
         parser.error(str(error))
     fresh = named(transformer.make(config, args.seed)) if args.off_diagonal == "fresh" else None
     tensors = {"model": fuse(named(one), named(other), config, fresh)}
     if state:
         tensors["optimizer"] = join_moments(*state, config)
-    if args.measure:
+    if text:
         fusions = {}
         for name, split in (("fused, norms over both", False), ("fused, norms over each (--split_norms)", True)):
             fusions[name] = transformer.make(fused_config(one.config, other.config, split))
             fusions[name].load_state_dict(tensors["model"], strict=False)
         both = {f"first parent, {a.name}": one, f"second parent, {b.name}": other}
-        measure(both, fusions, given, data.open_corpus(given.data, given.vocab))
+        measure(both, fusions, given, text)
     write(Path(args.out), a, given, config, tensors)
     print(f"\n  {a}, of width {one.config.width}, and {b}, of width {other.config.width}, are now {args.out}:")
     print(f"  width {config.width}, {config.heads} heads, {config.mlp} hidden neurons")

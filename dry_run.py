@@ -12,6 +12,7 @@ import functools
 import math
 import warnings
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -19,6 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import denoisers
 import methods
 import model as transformer
+import prepare
 from raptr import mean_layers
 
 GB = 1e9
@@ -75,12 +77,13 @@ def costs(args):
     sums = 0 if args.fsdp or W == 1 else 4 * P  # the buffer of the all-reduce
     fixed = {"weights": 4 * P / share, "gradients": 4 * P / share, "moments": 8 * P / share}
     total = max(fixed["weights"] + fixed["moments"] + waiting * fixed["gradients"] + activations, sum(fixed.values()) + sums)
-    flops = args.steps * price(mean)
+    flops, tokens = args.steps * price(mean), args.steps * args.batch * args.seq
     return {
         "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered,
         "memory": total + gathered, "flops_per_step": price(mean), "flops": flops,
         "relative_flops_layers": args.layers / mean, "relative_flops_step": price() / price(mean),
-        "tokens": args.steps * args.batch * args.seq, "checkpoint": 12 * P,
+        "tokens": tokens, "corpus": tokens * np.dtype(prepare.token_dtype(args.vocab)).itemsize, "checkpoint": 12 * P,
+        "checkpoints": args.keep + 1 + ((args.steps - 1) // args.keep_every if args.keep_every else 0),
         "hours": flops / (W * args.peak * 1e12 * args.mfu) / 3600,
     }  # fmt: skip
 
@@ -107,8 +110,8 @@ def show(args):
             f"{c['memory'] / GB:.1f} GB for each {machine}: {engine} on {args.gpus}, {args.micro_batch} sequences at a time",
         ),
         ("", f"{parts}; not all at once"),
-        ("tokens", f"{c['tokens'] / 1e9:.3g}B, {2 * c['tokens'] / GB:.1f} GB on disk if none is to come twice"),
-        ("checkpoints", f"{c['checkpoint'] / GB:.1f} GB each, at most {args.keep + 1} at a time"),
+        ("tokens", f"{c['tokens'] / 1e9:.3g}B, {c['corpus'] / GB:,.0f} GB on disk if none is to come twice"),
+        ("checkpoints", f"{c['checkpoint'] / GB:.1f} GB each, at most {c['checkpoints']} at a time"),
         ("time", f"{c['hours']:,.1f} hours, if each {machine} does {args.mfu:.0%} of {args.peak:g} TFLOP/s"),
     ]
     if args.device == "cpu":

@@ -223,8 +223,8 @@ def settings_of(args, run):
     names = ["task", "shots", "tokens", "batch"] if args.shots is not None else [
         "task", "limit", "epochs", "lr", "batch", "longest", "longest_answer", "stride", "dropout"]  # fmt: skip
     files = {name: checkpoint.sha256(getattr(args, name)) for name in ("data", "train") if getattr(args, name)}
-    step = checkpoint.folders(run)[-1].name
-    return {"run": str(Path(run).resolve()), "checkpoint": step, **files, **{name: getattr(args, name) for name in names}}
+    kept = {"run": str(Path(run).resolve()), "weights": checkpoint.identity(run)}
+    return kept | files | {name: getattr(args, name) for name in names}
 
 
 def evaluate(args, parser):

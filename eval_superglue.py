@@ -363,7 +363,7 @@ def summarize(out, tasks, results):
 
 
 def main():
-    from options import Parser, count, natural, number, positive, share
+    from options import Parser, count, length, natural, positive, share
 
     parser = Parser(prog="eval_superglue.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -378,8 +378,7 @@ def main():
     parser.add_argument("--epochs", type=natural, default=0, help="0: by task, 2 for large to 10 for small ones")
     parser.add_argument("--lr", type=positive, default=3e-5, help="peak learning rate [3e-5]")
     parser.add_argument("--batch", type=count, default=16, help="examples a step [16]")
-    parser.add_argument("--longest", type=number(int, "a whole number, 8 or above", lambda x: x >= 8), default=256,
-                        help="tokens of a pair at most [256]")  # fmt: skip
+    parser.add_argument("--longest", type=length, default=256, help="tokens of a pair at most [256]")
     parser.add_argument("--dropout", type=share, default=0.1, help="dropout rate while fine-tuning [0.1]")
     parser.add_argument("--out", default="", help="folder of the results [out/superglue/NAME OF THE RUN]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -405,9 +404,10 @@ def show_score(result):
 def settings_of(args, run, task):
     """What a result depends on, beside the seed."""
     names = ("epochs", "lr", "batch", "longest", "dropout", "shots")
-    files = [Path(args.data, task, "train.jsonl"), superglue.validation_file(args.data, task)]
-    kept = {"run": str(Path(run).resolve()), "checkpoint": [folder.name for folder in checkpoint.folders(run)][-1:]}
-    return kept | {file.name: checkpoint.sha256(file) for file in files if file.exists()} | {n: getattr(args, n) for n in names}
+    files = [superglue.validation_file(args.data, name) for name in [task] + ["AX-b", "AX-g"] * (task == "RTE")]
+    files = [file for file in (Path(args.data, task, "train.jsonl"), *files) if file and file.exists()]
+    kept = {"run": str(Path(run).resolve()), "weights": checkpoint.identity(run)}
+    return kept | {file.name: checkpoint.sha256(file) for file in files} | {name: getattr(args, name) for name in names}
 
 
 def evaluate(args, parser):

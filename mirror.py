@@ -7,8 +7,8 @@ log.jsonl stays the run's only record: these see what is written to it. A run th
 TensorBoard, what was logged beyond its checkpoint; Weights & Biases ignores what comes twice.
 """
 
-import hashlib
 import importlib.util
+import uuid
 
 
 def numbers(event, facts):
@@ -36,8 +36,10 @@ def tensorboard(run, step, flags):
 def wandb(run, step, flags):
     import wandb
 
-    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # one run per folder
-    made = wandb.init(project="raptr", name=run.name, id=name, resume="allow", dir=run, config=flags)
+    place = run / "wandb_id"  # one run per folder
+    if not place.exists():
+        place.write_text(uuid.uuid4().hex)
+    made = wandb.init(project="raptr", name=run.name, id=place.read_text(), resume="allow", dir=run, config=flags)
     return lambda event, facts: made.log(numbers(event, facts), step=facts.get("step", 0))
 
 

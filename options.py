@@ -33,6 +33,7 @@ def number(kind, rule, holds):
 
 count = number(int, "a whole number above 0", lambda x: x > 0)
 natural = number(int, "a whole number, 0 or above", lambda x: x >= 0)
+length = number(int, "a whole number, 8 or above", lambda x: x >= 8)
 positive = number(float, "a number above 0", lambda x: x > 0)
 nonnegative = number(float, "a number, 0 or above", lambda x: x >= 0)
 share = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)

@@ -204,12 +204,17 @@ def load_tokenizer(path):
 # Token shards: a JSON header of HEADER bytes (try `head -c 512`), then the tokens
 
 
+def token_dtype(vocab):
+    """Of a shard's tokens."""
+    return "<u2" if vocab <= 1 << 16 else "<u4"
+
+
 class ShardWriter:
     """Appends tokens to FOLDER/SPLIT_00000.bin, _00001.bin, ..."""
 
     def __init__(self, folder, split, vocab):
         self.folder, self.split, self.vocab = folder, split, vocab
-        self.dtype = "<u2" if vocab <= 1 << 16 else "<u4"
+        self.dtype = token_dtype(vocab)
         self.file, self.names, self.digests, self.counts = None, [], [], np.zeros(vocab, np.int64)
 
     def write(self, tokens):

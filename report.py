@@ -85,9 +85,14 @@ def summarize(run):
     print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{max(run.glob('step_*[0-9]')).name}\n")
 
 
+def wrong(reason):
+    print(f"report.py: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1], "log.jsonl").exists():
-        sys.exit("report.py: name one run folder, like out/bert_toy-raptr-0")
+        wrong("name one run folder, like out/bert_toy-raptr-0")
     if not has_ended(read_log(Path(sys.argv[1]))):
-        sys.exit(f"report.py: {sys.argv[1]} has not ended yet")
+        wrong(f"{sys.argv[1]} has not ended yet")
     summarize(Path(sys.argv[1]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
 import denoisers
 import model as transformer
 import options
@@ -53,6 +54,14 @@ def load_run(run, device="cpu"):
     model.load_state_dict(tensors["model"], strict=False)  # buffers are made, not saved
     model.pooler = tensors.get("pooler")
     return model, tokenizer, args
+
+
+def own_text(run, flags):
+    """The corpus that a run was trained on. ValueError if what is there now is another: its tokens would mean nothing to it."""
+    corpus = data.open_corpus(flags.data, flags.vocab)
+    if getattr(flags, "data_fingerprint", None) != corpus.fingerprint:
+        raise ValueError(f"{run}: {corpus.folder} is not the text it was trained on")
+    return corpus
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ import torch
 import checkpoint
 import methods
 from compare import interval, jumps
-from data import NO_TARGET, open_corpus
+from data import NO_TARGET
 from denoisers import view
 from raptr import RaPTr, Stage, Subnetwork, whole
-from sample import load_run
+from sample import load_run, own_text
 
 KINDS = {
     "residual and norm": (True, True), "residual only": (True, False), "norm only": (False, True), "neither": (False, False),
@@ -82,7 +82,7 @@ def slope(points):
 
 
 def initialisation(seeds, depths=DEPTHS):
-    """{kind: {"change": {L: per seed}, "jump": {L: per seed}, "exponent": per seed}}."""
+    """{kind: {"change": {L: per seed}, "jump": {L: per seed}, "exponent": per seed, "last": of the last doubling}}."""
     found = {}
     for kind, flags in KINDS.items():
         pairs = {L: [linear(L, seed, *flags) for seed in range(seeds)] for L in depths}
@@ -91,7 +91,7 @@ def initialisation(seeds, depths=DEPTHS):
             "change": change,
             "jump": {L: [jump for _, jump in pairs[L]] for L in depths},
             "exponent": [slope([(L, change[L][seed]) for L in depths]) for seed in range(seeds)],
-            "last": [slope([(L, change[L][seed]) for L in depths[-2:]]) for seed in range(seeds)],  # of the last doubling
+            "last": [slope([(L, change[L][seed]) for L in depths[-2:]]) for seed in range(seeds)],
         }
     return found
 
@@ -153,25 +153,31 @@ def draw(found, path):
 # (b) A trained model
 
 
-class Answer:
-    """What a model says at the targets of a batch: mean loss, states (n, C), and the length (n,) of the loss's gradient there."""
+class Measured:
+    """A path of a model at the n targets of held-out batches: mean loss, states F (n, C), and c, the length of the loss's
+    gradient with respect to F where it is largest."""
 
-    def __init__(self, model, batch, path):
+    def __init__(self, model, batches, path):
+        losses, states, lengths = zip(*(self.at_targets(model, batch, path) for batch in batches))
+        self.states, self.c = torch.cat(states), max(lengths)
+        self.loss = math.fsum(losses) / len(self.states)
+
+    def at_targets(self, model, batch, path):
         at = batch[2] != NO_TARGET
         with torch.no_grad():
-            self.states = model.states(*batch[:2], path)[at]
-        loss = model.cross_entropy(self.states.requires_grad_(), batch[2][at])
-        self.slope = torch.autograd.grad(loss, self.states)[0].norm(dim=-1)
-        self.loss = loss.item() / len(self.states)
+            states = model.states(*batch[:2], path)[at]
+        loss = model.cross_entropy(states.requires_grad_(), batch[2][at])
+        gradient = torch.autograd.grad(loss, states)[0]
+        return loss.item(), states.detach(), gradient.norm(dim=-1).max().item()
 
     def change(self, other):
         """Mean of ||F - F'|| over the targets."""
-        return (self.states - other.states).detach().norm(dim=-1).mean().item()
+        return (self.states - other.states).norm(dim=-1).mean().item()
 
     def bound(self, other):
-        """Of |jump|: c times the change, c the largest slope of the loss between the two. The cross-entropy is convex in the
-        states, so that on a line between two of them it is steepest at an end."""
-        return max(self.slope.max(), other.slope.max()).item() * self.change(other)
+        """Of |jump|: c times the change. The cross-entropy is convex in F, so that on a line between two states it is steepest
+        at one of them."""
+        return max(self.c, other.c) * self.change(other)
 
 
 def trained(run_folder, paths=8):
@@ -179,29 +185,31 @@ def trained(run_folder, paths=8):
     "lengths": {k: losses of random paths of k layers}, "stages": [(step, k, next k, jump, bound)] for each stage of RaPTr at
     whose end there is a checkpoint}."""
     model, _, flags = load_run(run_folder)
-    corpus = view(flags, open_corpus(flags.data, flags.vocab))
-    batch = [torch.from_numpy(part) for part in corpus.fixed(flags.eval_sequences, flags.seq)]
+    fixed = view(flags, own_text(run_folder, flags)).fixed(flags.eval_sequences, flags.seq)
+    batches = [*zip(*(torch.from_numpy(part).split(flags.micro_batch) for part in fixed))]
     L = len(model.blocks)
-    full = Answer(model, batch, None)
-    size = full.states.detach().norm(dim=-1).mean().item()
-    less = [Answer(model, batch, path) for path in one_layer_less(L)]
+    full = Measured(model, batches, None)
+    size = full.states.norm(dim=-1).mean().item()
+    less = [Measured(model, batches, path) for path in one_layer_less(L)]
     found = {"full": full.loss, "layers": [(a.loss, a.change(full) / size, a.bound(full)) for a in less], "lengths": {}}
     for k in range(1, L):
         method = RaPTr([Stage(1, paths, k)], L, {0, L - 1} if k > 1 else set())
-        found["lengths"][k] = [Answer(model, batch, method.path(k, f"stability {i}")).loss for i in range(paths)]
-    return found | {"stages": stage_changes(run_folder, model, flags, batch, paths)}
+        found["lengths"][k] = [Measured(model, batches, method.path(k, f"stability {i}")).loss for i in range(paths)]
+    return found | {"stages": stage_changes(run_folder, model, flags, batches, paths)}
 
 
-def stage_changes(run_folder, model, flags, batch, paths):
-    """At the end of each stage: longer paths against shorter ones that lie in them, over the same weights."""
-    found, method = [], methods.choose(flags)
+def stage_changes(run_folder, model, flags, batches, paths):
+    """At the end of each stage of RaPTr: paths of the next stage against those of this one, over the same weights. Of two paths
+    drawn alike the shorter lies within the longer."""
+    found = []
     if flags.method != "raptr" or flags.part != "depth":
         return found
+    method = methods.choose(flags)
     weights = {int(folder.name.removeprefix("step_")): folder for folder in checkpoint.folders(run_folder)}
     for a, b in zip(method.plan, method.plan[1:]):
         if a.end in weights:
             model.load_state_dict(checkpoint.load(weights[a.end])[0]["model"], strict=False)
-            pairs = [[Answer(model, batch, method.path(s.length, f"stability {i}")) for s in (a, b)] for i in range(paths)]
+            pairs = [[Measured(model, batches, method.path(s.length, f"stability {i}")) for s in (a, b)] for i in range(paths)]
             jump = statistics.mean(after.loss - before.loss for before, after in pairs)
             bound = statistics.mean(after.bound(before) for before, after in pairs)
             found.append((a.end, a.length, b.length, jump, bound))
@@ -223,7 +231,7 @@ def describe_trained(found, name):
     full, layers, stages = found["full"], found["layers"], found["stages"]
     L = len(layers)
     lines = [f"{name}: held-out loss {full:.4f} with all {L} layers", ""]
-    lines += ["| without layer | loss | more | output changes by | bound of the jump |", "|---|---|---|---|---|"]
+    lines += ["| without layer | loss | minus full | output changes by | bound of the jump |", "|---|---|---|---|---|"]
     for i, (loss, change, bound) in enumerate(layers):
         lines.append(f"| {i} | {loss:.4f} | {loss - full:+.4f} | {change:.1%} | {bound:.2f} |")
     lines += ["", "| layers in a random path | loss, mean ± std |", "|---|---|"]
@@ -231,14 +239,14 @@ def describe_trained(found, name):
     if stages:
         lines += ["", "| stage change after step | layers | jump | bound |", "|---|---|---|---|"]
         lines += [f"| {step} | {a:g} to {b:g} | {jump:+.4f} | {bound:.2f} |" for step, a, b, jump, bound in stages]
-    jump = full - statistics.mean(loss for loss, _, _ in layers)
-    bound = statistics.mean(bound for _, _, bound in layers)
+    inner = layers[1:-1] or layers
+    jump = full - statistics.mean(loss for loss, _, _ in inner)
+    bound = statistics.mean(bound for _, _, bound in inner)
     worst = max(range(L), key=lambda i: layers[i][0])
+    lines += ["", f"Verdict: from {L - 1} layers, the first and the last among them, to all {L} the loss changes by {jump:+.4f},"]
     lines += [
-        "",
-        f"Verdict: from paths of {L - 1} layers to all {L} the loss changes by {jump:+.4f}, {abs(jump) / bound:.1%} of its",
+        f"{abs(jump) / bound:.1%} of the bound. The layer it needs most is {worst} ({layers[worst][0] - full:+.4f} without it)."
     ]
-    lines += [f"bound. The layer it needs most is {worst} ({layers[worst][0] - full:+.4f} without it)."]
     if stages:
         shares = [abs(jump) / bound for *_, jump, bound in stages]
         lines += [f"Where a stage begins, the jump is {min(shares):.1%} to {max(shares):.1%} of the bound."]
@@ -286,8 +294,9 @@ def main():
 
     parser = Parser(prog="stability.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--run", help="run folder of a trained model")
-    parser.add_argument("--logs", help="results folder of compare.py")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", help="run folder of a trained model")
+    what.add_argument("--logs", help="results folder of compare.py")
     parser.add_argument("--seeds", type=number(int, "a whole number, 2 or above", lambda x: x >= 2), default=10)
     parser.add_argument("--out", default="results/stability", help="folder of tables and figures")
     args = parser.parse_args()

@@ -120,6 +120,9 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     began = events(run, "eval")[0]["loss"]
     assert began < events(fresh, "eval")[0]["loss"] - 0.2
     assert events(run, "eval")[-1]["loss"] < began
+    (b / "config.json").write_text((b / "config.json").read_text().replace(load_run(b)[2].data_fingerprint, "another"))
+    other = shell(b, a, "--out", tmp_path / "f", "--measure")
+    assert other.returncode == 2 and "is not the text it was trained on" in other.stderr and not (tmp_path / "f").exists()
     itself = shell(a, a, "--out", tmp_path / "f")
     assert itself.returncode == 2 and "equal halves stay equal" in itself.stderr and not (tmp_path / "f").exists()
     assert shell(a, a, "--out", tmp_path / "f", "--noise", "0.01").returncode == 0

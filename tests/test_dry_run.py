@@ -41,6 +41,9 @@ def test_costs_by_hand():
     assert (c["weights"], c["gradients"], c["moments"]) == (4 * c["parameters"], 4 * c["parameters"], 8 * c["parameters"])
     assert c["tokens"] == 1_000_000 * 256 * 512 and c["relative_flops_layers"] == pytest.approx(4 / 3)
     assert c["hours"] * 3600 * 8 * 989e12 * 0.4 == pytest.approx(c["flops"])
+    assert c["corpus"] == 2 * c["tokens"] and c["checkpoints"] == 3
+    ul2 = dry_run.costs(options.parse(["--config", "configs/ul2_1p6b.toml", "--dry_run", "--gpus", "8"]))
+    assert ul2["corpus"] == 4 * ul2["tokens"] and ul2["checkpoints"] == 10  # 256,000 words; every 50,000th of 400,000 stays
     sharded = dry_run.costs(options.parse([*flags, "--fsdp"]))
     assert sharded["moments"] * 8 == c["moments"] and sharded["memory"] < c["memory"]
     smaller = dry_run.costs(options.parse([*flags, "--micro_batch", "8"]))
