@@ -29,7 +29,7 @@ import data
 import denoisers
 import model as transformer
 import options
-from sample import load_run, own_text
+from runs import load_run, own_text
 
 ADDED = ("width", "heads", "mlp")  # of the parents' shapes; all else they share
 TRAINING_ONLY = ("dropout", "init_std", "loss_chunk", "norm_parts")

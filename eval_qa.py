@@ -42,7 +42,7 @@ from data import rng
 from denoisers import MODES
 from finetune import Trainer, set_dropout
 from padding import batches
-from sample import load_run
+from runs import load_run
 from spans import Spans, windows
 from train import choose_machine, steady_memory
 

@@ -34,7 +34,7 @@ from data import rng
 from denoisers import MODES
 from finetune import Trainer, set_dropout
 from padding import batches, padded
-from sample import load_run
+from runs import load_run
 from superglue import MAIN, TASKS
 from train import choose_machine, steady_memory
 

@@ -4,7 +4,7 @@
     python hf.py export RUN --out FOLDER        the other way; transformers.AutoModelForMaskedLM.from_pretrained(FOLDER)
 
 Only what `transformers` calls BERT can be exchanged: post-LN, learned positions, layer norms (--norm post --positions learned).
-WordPiece needs the `tokenizers` package (pip install tokenizers); `transformers` itself is not needed.
+Importing needs the `tokenizers` package (wordpiece.py); `transformers` itself is not needed.
 `over` is for a training script of your own: RaPTr for any model whose layers stand in an nn.ModuleList.
 """
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import model as transformer
+from wordpiece import WordPiece
 
 # ----------------------------------------------------------------------------------------------------------------
 # Somebody else's model
@@ -160,63 +161,6 @@ def save(model, folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-class WordPiece:
-    """BERT's own tokenizer, from its vocab.txt, with the methods of sentencepiece's that this project uses. lower: as the
-    uncased models do."""
-
-    def __init__(self, path, lower=None):
-        try:
-            from tokenizers import BertWordPieceTokenizer
-        except ImportError:
-            raise ValueError("WordPiece needs the package tokenizers: pip install tokenizers") from None
-        words = Path(path).read_text(encoding="utf-8").split("\n")
-        settings = Path(path).with_name("tokenizer_config.json")
-        if lower is None:
-            lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
-        self.words, self.ids = [w for w in words if w], {word: i for i, word in enumerate(words)}
-        missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word not in self.ids]
-        if missing:
-            raise ValueError(f"{path}: {missing[0]} is not in it")
-        self.tokenizer = BertWordPieceTokenizer(str(path), lowercase=lower)
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def places(self, text):
-        """(token ids, [(begin, end) in the text])."""
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
-
-    def decode(self, ids):
-        return self.tokenizer.decode(ids)
-
-    def id_to_piece(self, i):
-        word = self.words[i]
-        return word[2:] if word.startswith("##") else "▁" + word
-
-    def piece_to_id(self, piece):
-        return self.ids[piece]
-
-    def vocab_size(self):
-        return len(self.words)
-
-    def pad_id(self):
-        return self.ids["[PAD]"]
-
-    def unk_id(self):
-        return self.ids["[UNK]"]
-
-    def bos_id(self):
-        return self.ids["[CLS]"]
-
-    def eos_id(self):
-        return self.ids["[SEP]"]
-
-
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def to_run(folder, run):
@@ -252,10 +196,10 @@ def main():
         if args.direction == "import":
             to_run(args.folder, args.out)
         else:
-            from sample import load_run
-
             if Path(args.out).exists():
                 raise ValueError(f"--out {args.out}: is there already")
+            from runs import load_run  # here, so that `over` asks for little
+
             model, _, _ = load_run(args.folder)
             save(model, args.out)
     except ValueError as error:

@@ -9,59 +9,17 @@ Without a text it asks for one, again and again. Not here: how the model was tra
 """
 
 import argparse
-import json
 import random
 import sys
-from pathlib import Path
 
 import torch
 
-import checkpoint
-import data
 import denoisers
-import model as transformer
-import options
 import prepare
 from raptr import RaPTr, Stage, draw
+from runs import load_run
 
 GAP = "___"
-
-
-def load_run(run, device="cpu"):
-    """(model, tokenizer, flags) of a run folder, from its newest checkpoint. ValueError if it is not one, or that is bad."""
-    run = Path(run)
-    try:
-        given = json.loads((run / "config.json").read_text())
-        if not {"layers", "seed"} <= given.keys():
-            raise ValueError
-        args, folders = options.complete(given), checkpoint.folders(run)
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"{run}: not a run folder of train.py") from None
-    if not folders:
-        raise ValueError(f"{run}: there is no checkpoint in it yet")
-    if (run / "vocab.txt").exists():  # taken over from elsewhere (hf.py)
-        import hf
-
-        tokenizer = hf.WordPiece(run / "vocab.txt")
-    else:
-        tokenizer = prepare.load_tokenizer(run / "tokenizer.model")
-    tensors = checkpoint.load(folders[-1], device)[0]
-    config = transformer.Config.of(args, denoisers.model_vocab(args, tokenizer.vocab_size()))
-    model = transformer.make(config).to(device).eval()
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors["model"] if name.startswith("blocks."))
-    model.blocks = model.blocks[:depth]
-    transformer.check_weights(model, tensors["model"], folders[-1])
-    model.load_state_dict(tensors["model"], strict=False)  # buffers are made, not saved
-    model.pooler = tensors.get("pooler")
-    return model, tokenizer, args
-
-
-def own_text(run, flags):
-    """The corpus that a run was trained on. ValueError if what is there now is another: its tokens would mean nothing to it."""
-    corpus = data.open_corpus(flags.data, flags.vocab)
-    if getattr(flags, "data_fingerprint", None) != corpus.fingerprint:
-        raise ValueError(f"{run}: {corpus.folder} is not the text it was trained on")
-    return corpus
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
 def places(tokenizer, text):
     """(token ids, [(begin, end) in the text])."""
-    if hasattr(tokenizer, "places"):  # hf.WordPiece
+    if hasattr(tokenizer, "places"):  # wordpiece.WordPiece
         return tokenizer.places(text)
     ids, found, end = tokenizer.encode(text), [], 0  # pieces of ours, one after another, are the text itself
     for i, piece in zip(ids, tokenizer.id_to_piece(ids)):

@@ -31,7 +31,7 @@ from compare import interval, jumps
 from data import NO_TARGET
 from denoisers import view
 from raptr import RaPTr, Stage, Subnetwork, whole
-from sample import load_run, own_text
+from runs import load_run, own_text
 
 KINDS = {
     "residual and norm": (True, True), "residual only": (True, False), "norm only": (False, True), "neither": (False, False),

@@ -10,7 +10,7 @@ import bench_finetune
 import hf
 import superglue
 from eval_superglue import Classifier
-from sample import load_run
+from runs import load_run
 from test_eval_superglue import learnable
 from test_hf import run
 
@@ -92,7 +92,7 @@ def test_the_command(folder, tmp_path):
     assert len(last["epochs"]) == 2 and last["seconds"] > 0
     args = options(folder, data=data, sides="eager", memory="steady", seeds=2, epochs=3)
     with pytest.raises(ValueError, match="other settings"):
-        bench_finetune.train_both("RTE", args, out, None)
+        bench_finetune.train_sides("RTE", args, out, None)
 
 
 def test_mixed_batches_cover_everything_once():

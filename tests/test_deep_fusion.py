@@ -9,7 +9,7 @@ import deep_fusion
 import model as transformer
 import options
 from processes import script
-from sample import load_run
+from runs import load_run
 from test_model import batch
 from test_train import events, go
 
