@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import checkpoint
 import eval_superglue
 import sample
 import superglue
@@ -209,10 +210,19 @@ def test_an_answer_longer_than_the_model_keeps_its_end(runs):
 
 
 def test_results_of_another_run_or_text_are_not_taken_for_this_ones(runs, tmp_path):
+    """Another folder, other examples, other weights in the same folder: each is refused."""
     folder, flags = learnable(tmp_path / "data"), ["--tasks", "RTE", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "out"]
-    shutil.copytree(runs["bert"], tmp_path / "other")
-    assert run("--finetune", runs["bert"], "--data", folder, *flags).returncode == 0
-    shown = run("--finetune", tmp_path / "other", "--data", folder, *flags)
+    own = shutil.copytree(runs["bert"], tmp_path / "own")
+    assert run("--finetune", own, "--data", folder, *flags).returncode == 0
+    shown = run("--finetune", runs["bert"], "--data", folder, *flags)
     assert shown.returncode == 2 and "other settings or files" in shown.stderr
+    examples = (folder / "RTE" / "train.jsonl").read_text()
     (folder / "RTE" / "train.jsonl").write_text((folder / "RTE" / "val.jsonl").read_text())
-    assert run("--finetune", runs["bert"], "--data", folder, *flags).returncode == 2
+    assert run("--finetune", own, "--data", folder, *flags).returncode == 2
+    (folder / "RTE" / "train.jsonl").write_text(examples)
+    assert run("--finetune", own, "--data", folder, *flags).returncode == 0
+    newest = checkpoint.folders(own)[-1]
+    tensors, meta = checkpoint.load(newest)
+    shutil.rmtree(newest)
+    checkpoint.save(own, meta["step"], {"model": {name: 2 * tensor for name, tensor in tensors["model"].items()}}, meta)
+    assert run("--finetune", own, "--data", folder, *flags).returncode == 2
