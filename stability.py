@@ -180,18 +180,19 @@ class Measured:
         return max(self.c, other.c) * self.change(other)
 
 
-def trained(run_folder, paths=8):
-    """Of a run's model, on its held-out text: {"full": loss, "layers": [(loss, relative output change, bound) without layer l],
-    "lengths": {k: losses of random paths of k layers}, "stages": [(step, k, next k, jump, bound)] for each stage of RaPTr at
-    whose end there is a checkpoint}."""
+def trained(run_folder, paths=8, sequences=256):
+    """Of a run's model, on so many of its held-out sequences: {"full": loss, "targets": how many words that is the mean of,
+    "layers": [(loss, relative output change, bound) without layer l], "lengths": {k: losses of random paths of k layers},
+    "stages": [(step, k, next k, jump, bound)] for each stage of RaPTr at whose end there is a checkpoint}."""
     model, _, flags = load_run(run_folder)
-    fixed = view(flags, own_text(run_folder, flags)).fixed(flags.eval_sequences, flags.seq)
+    fixed = view(flags, own_text(run_folder, flags)).fixed(min(sequences, flags.eval_sequences), flags.seq)
     batches = [*zip(*(torch.from_numpy(part).split(flags.micro_batch) for part in fixed))]
     L = len(model.blocks)
     full = Measured(model, batches, None)
     size = full.states.norm(dim=-1).mean().item()
     less = [Measured(model, batches, path) for path in one_layer_less(L)]
-    found = {"full": full.loss, "layers": [(a.loss, a.change(full) / size, a.bound(full)) for a in less], "lengths": {}}
+    layers = [(a.loss, a.change(full) / size, a.bound(full)) for a in less]
+    found = {"full": full.loss, "targets": len(full.states), "layers": layers, "lengths": {}}
     for k in range(1, L):
         method = RaPTr([Stage(1, paths, k)], L, {0, L - 1} if k > 1 else set())
         found["lengths"][k] = [Measured(model, batches, method.path(k, f"stability {i}")).loss for i in range(paths)]
@@ -230,7 +231,7 @@ def describe_trained(found, name):
     """Tables and a verdict, in words, of what `trained` found."""
     full, layers, stages = found["full"], found["layers"], found["stages"]
     L = len(layers)
-    lines = [f"{name}: held-out loss {full:.4f} with all {L} layers", ""]
+    lines = [f"{name}: loss {full:.4f} with all {L} layers, on {found['targets']:,} held-out words", ""]
     lines += ["| without layer | loss | minus full | output changes by | bound of the jump |", "|---|---|---|---|---|"]
     for i, (loss, change, bound) in enumerate(layers):
         lines.append(f"| {i} | {loss:.4f} | {loss - full:+.4f} | {change:.1%} | {bound:.2f} |")
