@@ -195,6 +195,7 @@ def main():
     try:
         if args.direction == "import":
             to_run(args.folder, args.out)
+            print(f"{args.out}: taken over; next: python eval_superglue.py --finetune {args.out} --data SuperGLUE/")
         else:
             if Path(args.out).exists():
                 raise ValueError(f"--out {args.out}: is there already")
@@ -202,6 +203,7 @@ def main():
 
             model, _, _ = load_run(args.folder)
             save(model, args.out)
+            print(f"{args.out}: transformers.AutoModelForMaskedLM.from_pretrained({args.out!r})")
     except ValueError as error:
         parser.error(str(error))
 
