@@ -86,12 +86,12 @@ def side(name, args, task, seed):
 def train_sides(task, args, out, autocast):
     """{side: [one result of eval_superglue.fit per seed]}"""
     results = {name: [] for name in args.sides.split(",")}
+    settings = {key: getattr(args, key) for key in ("lr", "batch", "longest", "epochs")}
+    for file in (Path(args.folder, "model.safetensors"), Path(args.data, task, "train.jsonl")):
+        settings[file.name] = checkpoint.sha256(file)
     for seed in range(args.seeds):
         for name in list(results)[:: -1 if seed % 2 else 1]:
             done = out / f"{task}-{seed}-{name}-{args.memory}.json"
-            settings = {key: getattr(args, key) for key in ("lr", "batch", "longest", "epochs")}
-            for file in (Path(args.folder, "model.safetensors"), Path(args.data, task, "train.jsonl")):
-                settings[file.name] = checkpoint.sha256(file)
             if not done.exists():
                 order = mixed if name.endswith("mixed") else batches
                 found = eval_superglue.fit(side(name, args, task, seed), args.data, args, autocast, order)

@@ -59,12 +59,11 @@ def sha256(path):
 def folders(run):
     """Checkpoint folders of a run, oldest first."""
     found = [path for path in Path(run).glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
-def identity(run):
-    """SHA-256 of the newest checkpoint's manifest, which has those of its files; "" if there is none."""
-    return "".join(sha256(folder / "manifest.json") for folder in folders(run)[-1:])
+def step_of(folder):
+    return int(folder.name.removeprefix("step_"))
 
 
 def save(run, step, tensors, meta, keep=2, keep_every=0):
@@ -108,7 +107,7 @@ def save(run, step, tensors, meta, keep=2, keep_every=0):
     except ValueError as error:
         raise OSError(f"it was written, and reads back otherwise: {error}") from None
     for old in folders(run)[:-keep]:
-        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+        if not keep_every or step_of(old) % keep_every:
             shutil.rmtree(old)
 
 

@@ -42,7 +42,7 @@ from data import rng
 from denoisers import MODES
 from finetune import Trainer, set_dropout
 from padding import batches
-from runs import load_run
+from runs import load_run, provenance
 from spans import Spans, windows
 from train import choose_machine, steady_memory
 
@@ -222,9 +222,8 @@ def settings_of(args, run):
     """What a result depends on: a folder of results is of one such choice."""
     names = ["task", "shots", "tokens", "batch"] if args.shots is not None else [
         "task", "limit", "epochs", "lr", "batch", "longest", "longest_answer", "stride", "dropout"]  # fmt: skip
-    files = {name: checkpoint.sha256(getattr(args, name)) for name in ("data", "train") if getattr(args, name)}
-    kept = {"run": str(Path(run).resolve()), "weights": checkpoint.identity(run)}
-    return kept | files | {name: getattr(args, name) for name in names}
+    files = {name: getattr(args, name) for name in ("data", "train") if getattr(args, name)}
+    return provenance(run, args, names, files)
 
 
 def evaluate(args, parser):

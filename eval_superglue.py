@@ -28,13 +28,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import superglue
 from data import rng
 from denoisers import MODES
 from finetune import Trainer, set_dropout
 from padding import batches, padded
-from runs import load_run
+from runs import load_run, provenance
 from superglue import MAIN, TASKS
 from train import choose_machine, steady_memory
 
@@ -405,9 +404,8 @@ def settings_of(args, run, task):
     """What a result depends on, beside the seed."""
     names = ("epochs", "lr", "batch", "longest", "dropout", "shots")
     files = [superglue.validation_file(args.data, name) for name in [task] + ["AX-b", "AX-g"] * (task == "RTE")]
-    files = [file for file in (Path(args.data, task, "train.jsonl"), *files) if file and file.exists()]
-    kept = {"run": str(Path(run).resolve()), "weights": checkpoint.identity(run)}
-    return kept | {file.name: checkpoint.sha256(file) for file in files} | {name: getattr(args, name) for name in names}
+    files = [Path(args.data, task, "train.jsonl"), *files]
+    return provenance(run, args, names, {file.name: file for file in files if file and file.exists()})
 
 
 def evaluate(args, parser):
@@ -431,9 +429,9 @@ def evaluate(args, parser):
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
     results = {}
     for task in tasks:
+        settings = settings_of(args, run, task)
         for seed in range(args.seeds):
             done = out / "runs" / f"{task}-{seed}.json"
-            settings = settings_of(args, run, task)
             if done.exists():
                 kept = json.loads(done.read_text())
                 if kept["settings"] != settings:

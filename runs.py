@@ -48,3 +48,11 @@ def own_text(run, flags):
     if getattr(flags, "data_fingerprint", None) != corpus.fingerprint:
         raise ValueError(f"{run}: {corpus.folder} is not the text it was trained on")
     return corpus
+
+
+def provenance(run, args, names, files):
+    """What a score depends on: {"run": its folder, "weights": hash of the newest checkpoint's manifest ("" if there is none),
+    hashes of `files`, which is {name: path}, and the flags `names`}."""
+    newest = checkpoint.folders(run)[-1:]
+    kept = {"run": str(Path(run).resolve()), "weights": "".join(checkpoint.sha256(path / "manifest.json") for path in newest)}
+    return kept | {name: checkpoint.sha256(path) for name, path in files.items()} | {name: getattr(args, name) for name in names}

@@ -206,7 +206,7 @@ def stage_changes(run_folder, model, flags, batches, paths):
     if flags.method != "raptr" or flags.part != "depth":
         return found
     method = methods.choose(flags)
-    weights = {int(folder.name.removeprefix("step_")): folder for folder in checkpoint.folders(run_folder)}
+    weights = {checkpoint.step_of(folder): folder for folder in checkpoint.folders(run_folder)}
     for a, b in zip(method.plan, method.plan[1:]):
         if a.end in weights:
             model.load_state_dict(checkpoint.load(weights[a.end])[0]["model"], strict=False)

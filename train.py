@@ -315,8 +315,7 @@ def main(args, dtype, ranks):
 
     # --- log -------------------------------------------------------------------------------------------------------
     log, earlier = open_log(run, step) if first else (open(os.devnull, "w"), [])
-    done = bool(earlier) and earlier[-1]["event"] == "done"
-    if ranks.gather(done)[0][0]:
+    if ranks.gather(report.has_ended(earlier))[0][0]:
         return report.summarize(run) if first else None
 
     def write(event, facts):
