@@ -1,50 +1,33 @@
-"""Tokens to batches: windows of a prepared corpus in a random order, masked as BERT's are.
+"""Windows of tokens become batches: BERT's masks and UL2's denoisers, side by side.
 
-The batch of step s is a pure function of (seed, s): no shuffle buffer, nothing to save, any step of any epoch at once.
-Not here: how a text becomes tokens (prepare.py), UL2's tasks (denoisers.py), the model, the loop.
+    python data.py              one window of text, as BERT's masks and as each of UL2's denoisers show it
 
-    python data.py                                          one masked example from the default corpus
-    python data.py --input TEXT [TEXT ...] --out DIR        prepare your own .txt, .jsonl, .json (field "text"), plain or .gz
+The batch of a step is a pure function of (seed, step): there is no state to save, and any step can be made at once.
+Not here: where the windows come from (text/corpus.py), the models that read the batches (model.py).
 
-Source: masking, BERT (arXiv 1810.04805, section 3.1).
+A UL2 row has T + 1 tokens:   [mode] text with <0>, <1>, ... in place of the spans   |   <0> span 0 <1> span 1 ... [SEP]
+The model reads the part before the bar in both directions and learns to write the part after it. Rows are full: each
+takes as much text as makes it exactly T + 1 tokens long, so there is no padding.
+
+Sources: masks, BERT (Devlin et al., arXiv 1810.04805, section 3.1); denoisers, UL2 (Tay et al., arXiv 2205.05131,
+table 1); span corruption, T5 (Raffel et al., arXiv 1910.10683, section 3.1.4).
+Legend: B rows, T tokens per row, M masked positions per row; n tokens of text in a UL2 row, m of them in spans, s spans.
 """
 
-import argparse
-import hashlib
-import json
-import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from prepare import CLS, MASK, SPECIAL, load_tokenizer, open_shard, prepare, prepared, text_files
+from engine.errors import UserError
+from text.corpus import Corpus, rng
+from text.prepare import MASK, SEP, SPECIAL, prepared
 
-NO_TARGET = -100
+NO_TARGET = -100  # a position that is not predicted
 
-
-def rng(seed, name, step=0):
-    """The random numbers of (seed, name, step), and of nothing else."""
-    return np.random.default_rng([seed, step, *name.encode()])
-
-
-def shuffled(index, n, keys):
-    """Entries `index` (an array) of a random order of 0 .. n-1, without making that order: a Feistel network permutes
-    the next power of four, and what lands at n or above walks on (Black & Rogaway, 2002, "cycle walking")."""
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    half, x = np.uint64(half), np.asarray(index, np.uint64)
-    outside = np.ones(x.shape, bool)
-    while outside.any():
-        left, right = x >> half, x & mask
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as a hash should
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-        x = np.where(outside, (left << half) | right, x)
-        outside = x >= n
-    return x.astype(np.int64)
+# ----------------------------------------------------------------------------------------------------------------
+# BERT: fill masks
 
 
 def mask_tokens(tokens, vocab, generator):
@@ -74,145 +57,240 @@ def masked_per_window(seq):
     return max(1, round(0.15 * (seq - 1)))
 
 
-class Corpus:
-    """A prepared corpus, checked. `batch` gives training batches, `fixed` an evaluation set that never changes."""
+class MaskedLM:
+    """BERT's objective: batches of a corpus with 15% of the tokens masked.
 
-    def __init__(self, folder):
-        self.folder = folder = Path(folder)
-        try:
-            self.meta = meta = json.loads((folder / "meta.json").read_text())
-            self.vocab, digests = meta["vocab"], [meta["tokenizer_sha256"], *meta["train"]["sha256"], *meta["val"]["sha256"]]
-            named = {split: list(zip(meta[split]["shards"], meta[split]["sha256"])) for split in ("train", "val")}
-            self.train_counts = np.array(meta["train_counts"], np.float64)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{folder}: its meta.json cannot be read; prepare the corpus again") from None
-        self.tokenizer = load_tokenizer(folder / "tokenizer.model")
-        if hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
-            raise ValueError(f"{folder / 'tokenizer.model'}: not the tokenizer this corpus was prepared with")
-        self.shards = {}
-        for split, entries in named.items():
-            self.shards[split] = [open_shard(folder / Path(name).name, digest) for name, digest in entries]
-        self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-        self.ends = {split: np.cumsum([len(s) for s in shards]) for split, shards in self.shards.items()}
+    seq: T. vocab: token ids of the tokenizer. corpus: None where only sizes are asked for.
+    """
 
-    def read(self, split, start, count):
-        """`count` tokens of a split from token `start` on, across shards."""
-        parts = []
-        shard = int(np.searchsorted(self.ends[split], start, side="right"))
-        while count:
-            tokens = self.shards[split][shard]
-            offset = start - (int(self.ends[split][shard]) - len(tokens))
-            parts.append(tokens[offset : offset + count])
-            start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
-        return np.concatenate(parts)
+    def __init__(self, seq, vocab, corpus=None):
+        self.seq, self.vocab, self.corpus = seq, vocab, corpus
+        self.model_vocab = vocab  # token ids that the model needs
 
-    def windows(self, split, seq, index):
-        """Windows (len(index), seq): [CLS], then seq - 1 consecutive tokens; documents inside are parted by [SEP]."""
-        rows = [self.read(split, int(i) * (seq - 1), seq - 1) for i in index]
-        return np.column_stack([np.full(len(rows), CLS), np.stack(rows)]).astype(np.int64)
+    def targets_per_row(self):
+        """On how many positions of a row the head runs."""
+        return masked_per_window(self.seq)
 
-    def count(self, split, seq):
-        """How many windows a split has. ValueError if none."""
-        count = int(self.ends[split][-1]) // (seq - 1)
-        if count == 0:
-            raise ValueError(f"{self.folder}: its {split} text is shorter than one sequence of {seq} tokens (--seq)")
-        return count
+    def head_positions(self, batch):
+        """The same, of one batch."""
+        return batch[1].shape[1]
 
-    def at(self, seed, position, seq):
-        """The numbers of the training windows at places `position` (an array) of the run's own order of them: every window
-        comes once per epoch, in an order of that epoch's own."""
-        n = self.count("train", seq)
-        index = np.empty(len(position), np.int64)
-        for epoch in np.unique(position // n):
-            keys = rng(seed, "order", int(epoch)).integers(1 << 63, size=4, dtype=np.uint64)
-            here = position // n == epoch
-            index[here] = shuffled(position[here] % n, n, keys)
-        return index
-
-    def order(self, seed, step, size, seq):
-        """The numbers (size,) of the training windows of step `step` (from 1)."""
-        return self.at(seed, np.arange((step - 1) * size, step * size), seq)
-
-    def batch(self, seed, step, size, seq):
-        """Training batch of step `step`: inputs (B, T), masked (B, M), targets (B, M), as int64 arrays."""
-        windows = self.windows("train", seq, self.order(seed, step, size, seq))
+    def batch(self, seed, step, size):
+        """Training batch of a step (from 1): inputs (B, T), masked (B, M), targets (B, M), as int64 arrays."""
+        windows = self.corpus.windows("train", self.seq, self.corpus.order(seed, step, size, self.seq))
         return mask_tokens(windows, self.vocab, rng(seed, "mask", step))
 
-    def held_out(self, size, seq, tuning=False):
-        """Up to `size` held-out windows, spread evenly. tuning: of those that this leaves over; ValueError if it leaves none."""
-        n = self.count("val", seq)
-        index = np.arange(min(size, n)) * n // min(size, n)
-        if tuning:
-            rest = np.setdiff1d(np.arange(n), index)
-            if not len(rest):
-                raise ValueError(f"--eval_on tuning: all {n} held-out windows are evaluated on; lower --eval_sequences")
-            index = rest[np.arange(min(size, len(rest))) * len(rest) // min(size, len(rest))]
-        return self.windows("val", seq, index)
-
-    def fixed(self, size, seq, tuning=False):
-        """`held_out` windows, masked the same for every seed and run."""
-        return mask_tokens(self.held_out(size, seq, tuning), self.vocab, rng(0, "evaluation"))
+    def held_out(self, size, tuning=False):
+        """A batch of held-out windows, masked the same way for every seed and run. tuning: see Corpus.held_out."""
+        return mask_tokens(self.corpus.held_out(size, self.seq, tuning), self.vocab, rng(0, "evaluation"))
 
     def unigram_loss(self, targets):
-        """Mean loss, in nats, of predicting targets by their frequency in the training text."""
-        counts = self.train_counts[SPECIAL:] + 1
+        """Mean loss, in nats, of predicting each target by its frequency in the training text."""
+        counts = self.corpus.train_counts[SPECIAL:] + 1
         return float(-np.log(counts / counts.sum())[targets[targets != NO_TARGET] - SPECIAL].mean())
 
 
-class Mixture(Corpus):
-    """Several prepared corpora that share a tokenizer. Of every 1000 rows each gives its share, in an order drawn from the
-    seed; each is read in an order of its own, as if it were alone. Held-out rows are shared out alike."""
+# ----------------------------------------------------------------------------------------------------------------
+# UL2: take spans out of a text and write them
 
-    def __init__(self, folders, weights):
-        self.parts = [Corpus(folder) for folder in folders]
-        first = self.parts[0]
-        for part in self.parts[1:]:
-            if part.meta["tokenizer_sha256"] != first.meta["tokenizer_sha256"]:
-                raise ValueError(f"--data: {part.folder} has another tokenizer than {first.folder}; see data.py --tokenizer")
-        exact = np.array(weights) / sum(weights) * 1000
-        self.shares = np.maximum(1, np.floor(exact).astype(int))
-        self.shares[exact.argmax()] += 1000 - self.shares.sum()
-        self.folder, self.vocab, self.tokenizer = first.folder, first.vocab, first.tokenizer
-        self.train_counts = sum(
-            share * part.train_counts / part.train_counts.sum() for share, part in zip(self.shares, self.parts)
+
+class Denoiser(NamedTuple):
+    mode: int  # of MODES: which mode token begins its rows
+    span: float | None  # mean length of a span; None: one span, the tail, of mean length n/4; 0: all of the text
+    rate: float  # share of the text in spans
+
+
+MODES = ["[R]", "[S]", "[X]"]
+DENOISERS = {
+    "r3": Denoiser(0, 3, 0.15), "r8": Denoiser(0, 8, 0.15),  # regular
+    "s": Denoiser(1, None, 0.25),  # sequential: a prefix language model
+    "x3": Denoiser(2, 3, 0.5), "x8": Denoiser(2, 8, 0.5),  # extreme: much, or in long spans, or both
+    "x64": Denoiser(2, 64, 0.15), "x64half": Denoiser(2, 64, 0.5),
+    "causal": Denoiser(1, 0, 1.0),  # a plain language model; not one of UL2's seven
+}  # fmt: skip
+UL2 = "r3,r8,s,x3,x8,x64,x64half"
+
+
+def mixture(text):
+    """{name: share} of "r3,s:2,x8": names with weights (1 where none is given). ValueError for what is not there."""
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.partition(":")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = -1.0
+        if name not in DENOISERS or not 0 < weights[name] < 1e6:
+            raise UserError(
+                f"--denoisers {part}: give names of {', '.join(DENOISERS)}, each with a weight above 0, as in r3,s:2"
+            )
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def sentinels(seq):
+    """How many there are: enough for x3, which takes the most spans (a piece costs two tokens beside its text)."""
+    return seq // 6 + 8
+
+
+def extra_tokens(seq):
+    """Token ids that a model of sequences of `seq` tokens needs beyond the tokenizer's: the modes, then the sentinels."""
+    return len(MODES) + sentinels(seq)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which tokens are in spans
+
+
+def parts(total, count, generator):
+    """(B, max count): each row's `total` (B,) split at random into its `count` (B,) parts of at least 1; 0 beyond."""
+    longest, most = int(total.max()), int(count.max())
+    key = generator.random((len(total), max(1, longest - 1)))
+    key[np.arange(key.shape[1]) >= total[:, None] - 1] = 2.0
+    order = key.argsort(1).argsort(1)  # the places of the count - 1 smallest keys are the cuts
+    cut = (order < count[:, None] - 1).cumsum(1)
+    part = np.concatenate([np.zeros((len(total), 1), int), cut], 1)[:, :longest]
+    inside = np.arange(longest) < total[:, None]
+    lengths = np.zeros((len(total), most), int)
+    np.add.at(lengths, (np.nonzero(inside)[0], part[inside]), 1)
+    return lengths
+
+
+def span_mask(denoiser, rows, size, generator):
+    """(mask (B, size): which tokens of the text are in spans; n (B,): how many tokens of text a row holds)."""
+    place = np.arange(size)
+    if denoiser.span == 0:
+        return np.ones((rows, size - 1), bool), np.full(rows, size - 1)
+    if denoiser.span is None:  # lengths 1 .. n/2, evenly: n/4 in the mean
+        n = np.full(rows, size - 3)
+        m = generator.integers(1, n // 2 + 1)
+        return (place >= (n - m)[:, None]) & (place < n[:, None]), n
+    # The number of spans, rounded at random so that its mean is right, cut pieces included; then what fits.
+    mean = denoiser.rate * (size - 1) / (denoiser.span + 2 * denoiser.rate)
+    expected = mean - denoiser.rate * (1 - 1 / denoiser.span)
+    s = np.maximum(1, np.floor(expected + generator.random(rows))).astype(int)
+    n = size - 1 - 2 * s
+    m = np.floor(denoiser.rate * n + generator.random(rows)).astype(int)
+    divided = generator.random(rows) < (m - s) / n  # does the cut of the circle fall inside a span?
+    n = n - 2 * divided
+    m = np.clip(m, s + divided, n - s)
+    spans, gaps = parts(m, s, generator), parts(n - m, s, generator)
+    ends = np.stack([gaps, spans], 2).reshape(rows, -1).cumsum(1)
+    circle = np.zeros((rows, size + 1), int)
+    np.add.at(circle, (np.arange(rows)[:, None], np.minimum(ends, size)), 1)
+    circle = (circle.cumsum(1) % 2 == 1)[:, :size] & (place < n[:, None])  # odd segments are spans
+    before = np.take_along_axis(circle, (place - 1) % n[:, None], 1)
+    allowed = ((circle & before) == divided[:, None]) & (place < n[:, None])
+    start = np.argmax(np.where(allowed, generator.random(allowed.shape), -1.0), 1)
+    return np.take_along_axis(circle, (place + start[:, None]) % n[:, None], 1) & (place < n[:, None]), n
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def corrupt(text, mask, n, mode, first_extra):
+    """Rows (tokens (B, T), prefix (B,), targets (B, T)) from text (B, at least n) and a mask of spans.
+
+    prefix: how many tokens are read in both directions. targets: the next token wherever the model has to write, else
+    NO_TARGET. mode: index into MODES. first_extra: the id of the first mode token.
+    """
+    B, size = len(text), mask.shape[1]
+    place = np.arange(size)
+    text, inside = text[:, :size], place < n[:, None]
+    kept = ~mask & inside
+    whole = ~kept.any(1)  # nothing to read: no sentinel, the text itself is the target
+    begins = mask & ~np.concatenate([np.zeros((B, 1), bool), mask[:, :-1]], 1) & ~whole[:, None]
+    sentinel = first_extra + len(MODES) + begins.cumsum(1) - 1
+    prefix = 1 + kept.sum(1) + begins.sum(1)
+    length = prefix + mask.sum(1) + begins.sum(1) + 1
+    T = int(length.max()) - 1
+    row = np.full((B, T + 2), NO_TARGET)
+    row[:, 0] = first_extra + mode
+    at = np.arange(B)[:, None]
+    # where each token of text, and each sentinel, goes: once in the prefix, once in the target; T + 1 is nowhere
+    read = (kept | begins).cumsum(1)
+    row[at, np.where(kept | begins, read, T + 1)] = np.where(kept, text, sentinel)
+    written = prefix[:, None] + (mask.astype(int) + begins).cumsum(1) - 1
+    row[at, np.where(mask, written, T + 1)] = text
+    row[at, np.where(begins, written - 1, T + 1)] = sentinel
+    row[np.arange(B), length - 1] = SEP
+    row = row[:, : T + 1]
+    tokens, targets = row[:, :-1], row[:, 1:].copy()
+    targets[np.arange(T) < prefix[:, None] - 1] = NO_TARGET
+    return np.where(tokens == NO_TARGET, SEP, tokens), prefix, targets
+
+
+def denoise(text, names, vocab, seq, generator):
+    """Rows of `seq` tokens from text (B, seq), one denoiser by name for each; vocab: the tokenizer's."""
+    tokens, prefix, targets = np.empty((len(text), seq), int), np.empty(len(text), int), np.empty((len(text), seq), int)
+    for name in sorted(set(names)):
+        own = np.flatnonzero(np.asarray(names) == name)
+        denoiser = DENOISERS[name]
+        mask, n = span_mask(denoiser, len(own), seq, generator)
+        offset = (generator.random(len(own)) * (text.shape[1] - n + 1)).astype(
+            int
+        )  # any part of the window may be left out
+        shifted = np.take_along_axis(
+            text[own], np.minimum(offset[:, None] + np.arange(mask.shape[1]), text.shape[1] - 1), 1
         )
-        self.train_counts *= sum(part.train_counts.sum() for part in self.parts) / 1000
-        self.fingerprint = hashlib.sha256(
-            repr([(p.fingerprint, int(s)) for p, s in zip(self.parts, self.shares)]).encode()
-        ).hexdigest()[:16]
-        source = ", ".join(f"{part.meta['source']} ({share / 10:g}%)" for part, share in zip(self.parts, self.shares))
-        self.meta = {"source": source, "tokenizer_sha256": first.meta["tokenizer_sha256"]}
-
-    def count(self, split, seq):
-        return sum(part.count(split, seq) for part in self.parts)
-
-    def at(self, seed, position, seq):
-        """As Corpus.at; the number of a corpus stands in the bits above the 48th."""
-        pattern = np.repeat(np.arange(len(self.parts)), self.shares)
-        index = np.empty(len(position), np.int64)
-        for block in np.unique(position // 1000):
-            drawn = rng(seed, "mixture", int(block)).permutation(pattern)
-            here = np.flatnonzero(position // 1000 == block)
-            for number, part in enumerate(self.parts):
-                own = here[drawn[position[here] % 1000] == number]
-                rank = np.cumsum(drawn == number)[position[own] % 1000] - 1
-                index[own] = part.at(seed, block * self.shares[number] + rank, seq) + (number << 48)
-        return index
-
-    def windows(self, split, seq, index):
-        rows = np.empty((len(index), seq), np.int64)
-        for number, part in enumerate(self.parts):
-            own = np.asarray(index) >> 48 == number
-            if own.any():
-                rows[own] = part.windows(split, seq, np.asarray(index)[own] & ((1 << 48) - 1))
-        return rows
-
-    def held_out(self, size, seq, tuning=False):
-        sizes = [max(1, round(size * share / 1000)) for share in self.shares]
-        return np.concatenate([part.held_out(n, seq, tuning) for part, n in zip(self.parts, sizes)])
+        tokens[own], prefix[own], targets[own] = corrupt(shifted, mask, n, denoiser.mode, vocab)
+    return tokens, prefix, targets
 
 
-def ahead(make, first, last):
+class Denoising:
+    """UL2's objective: batches of a corpus in which each row has a denoiser of its own.
+
+    seq: T. vocab: token ids of the tokenizer. weights: {denoiser: share}. corpus: None where only sizes are asked for.
+    """
+
+    def __init__(self, seq, vocab, weights, corpus=None):
+        self.seq, self.vocab, self.weights, self.corpus = seq, vocab, weights, corpus
+        self.model_vocab = vocab + extra_tokens(seq)
+
+    def targets_per_row(self):
+        """On how many positions of a row the head runs, on average."""
+        blank = np.zeros((256, self.seq - 1), int)
+        rows = {d: denoise(blank, [d] * 256, 1000, self.seq, rng(0, "count"))[2] for d in self.weights}
+        return sum(share * (rows[d] != NO_TARGET).sum() / 256 for d, share in self.weights.items())
+
+    def head_positions(self, batch):
+        """The same, of one batch."""
+        return (batch[2] != NO_TARGET).sum() / len(batch[2])
+
+    def rows(self, windows, generator):
+        names = generator.choice(list(self.weights), len(windows), p=list(self.weights.values()))
+        return denoise(windows[:, 1:], names, self.vocab, self.seq, generator)
+
+    def batch(self, seed, step, size):
+        """Training batch of a step (from 1): tokens (B, T), prefix (B,), targets (B, T), as int64 arrays."""
+        windows = self.corpus.windows("train", self.seq, self.corpus.order(seed, step, size, self.seq))
+        return self.rows(windows, rng(seed, "denoise", step))
+
+    def held_out(self, size, tuning=False):
+        """A batch of held-out rows, the same for every seed and run. tuning: see Corpus.held_out."""
+        return self.rows(self.corpus.held_out(size, self.seq, tuning), rng(0, "evaluation"))
+
+    def unigram_loss(self, targets):
+        """Mean loss, in nats, of predicting each target by its frequency among the targets of some training batches."""
+        seen = np.concatenate([self.batch(0, step, 64)[2].ravel() for step in range(1, 33)])
+        counts = np.bincount(seen[seen != NO_TARGET], minlength=self.model_vocab) + 1.0
+        return float(-np.log(counts / counts.sum())[targets[targets != NO_TARGET]].mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Both
+
+
+def objective(args, corpus=None, vocab=None):
+    """The objective of --arch. vocab: token ids of the tokenizer; by default those of the corpus, or --vocab."""
+    vocab = vocab or (corpus.vocab if corpus else args.vocab)
+    if args.arch == "ul2":
+        return Denoising(args.seq, vocab, mixture(args.denoisers), corpus)
+    return MaskedLM(args.seq, vocab, corpus)
+
+
+def prefetch(make, first, last):
     """make(first), make(first + 1), ... make(last), each begun in a thread while the one before is in use."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(make, first)
@@ -222,71 +300,42 @@ def ahead(make, first, last):
         yield coming.result()
 
 
-def open_corpus(data="", vocab=4096):
-    """The corpus that --data names: as in `prepared`, or several prepared folders with weights, FOLDER:3,FOLDER:1."""
-    if "," not in data:
-        return Corpus(prepared(data, vocab))
-    folders, weights = [], []
-    for part in data.split(","):
-        folder, _, weight = part.rpartition(":") if re.search(r":[0-9.]+$", part) else (part, "", "1")
-        if not (Path(folder) / "meta.json").exists():
-            raise ValueError(
-                f"--data {part}: in a mixture every part is a prepared folder (data.py --out), with a weight: FOLDER:3,FOLDER:1"
-            )
-        folders.append(folder)
-        weights.append(float(weight))
-    if min(weights) <= 0:
-        raise ValueError(f"--data {data}: weights must be above 0")
-    return Mixture(folders, weights)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def demo():
+def show(ids, tokenizer):
+    """Tokens in words. Modes and sentinels bear the names they have here."""
+    words, V = [], tokenizer.vocab_size()
+    for i in ids:
+        extra = int(i) - V
+        name = MODES[extra] if 0 <= extra < len(MODES) else f" <{extra - len(MODES)}>"
+        words.append(tokenizer.id_to_piece(int(i)).replace("▁", " ") if extra < 0 else name)
+    return "".join(words)
+
+
+def demo(seq=48):
     corpus = Corpus(prepared())
-    inputs, masked, targets = (part[0] for part in corpus.batch(seed=0, step=1, size=1, seq=64))
-    print(f"\n  {corpus.meta['source']}, fingerprint {corpus.fingerprint}")
-    for split in ("train", "val"):
-        print(f"  {split:5}  {corpus.meta[split]['tokens']:>9,} tokens in {corpus.meta[split]['documents']:>6,} documents")
-    words = [corpus.tokenizer.id_to_piece(int(i)).replace("▁", " ") for i in inputs]
-    print("\n  A training window: 15% of its tokens are hidden (80% as [MASK], 10% as another token, 10% left as they are)\n")
-    print(textwrap.fill("".join(words), 100, initial_indent="    ", subsequent_indent="    "))
-    print("\n  What the model is asked to say:\n")
-    for position, target in sorted(zip(masked, targets)):
-        if target != NO_TARGET:
-            asked = corpus.tokenizer.id_to_piece(int(target)).replace("▁", " ")
-            print(f"    token {position:2}   shown {words[position]!r:14}  asked for {asked!r}")
+    window = corpus.windows("train", 64, [77])[:, : seq + 1]
+    print(f"\n  {corpus.meta['source']}, fingerprint {corpus.fingerprint}:", end=" ")
+    print(", ".join(f"{corpus.meta[split]['tokens']:,} {split} tokens" for split in ("train", "val")))
+    print_wrapped("text", show(window[0, 1:], corpus.tokenizer))
+    print("\n  BERT: 15% of the tokens are targets; of these 80% become [MASK], 10% another token, 10% stay")
+    inputs, masked, targets = (part[0] for part in mask_tokens(window, corpus.vocab, rng(0, "demo")))
+    print_wrapped("reads", show(inputs, corpus.tokenizer))
+    asked = sorted((int(p), int(t)) for p, t in zip(masked, targets) if t != NO_TARGET)
+    print_wrapped("fills", ", ".join(f"{p}:{show([t], corpus.tokenizer)}" for p, t in asked))
+    for name, denoiser in DENOISERS.items():
+        tokens, prefix, targets = denoise(window[:, 1:], [name], corpus.vocab, seq, rng(0, name))
+        what = {None: "a tail of a quarter", 0: "everything"}.get(denoiser.span)
+        print(f"\n  UL2, {name}: {what or f'spans of {denoiser.span}, {denoiser.rate:.0%}'}")
+        print_wrapped("reads", show(tokens[0, : prefix[0]], corpus.tokenizer))
+        print_wrapped("writes", show(targets[0, prefix[0] - 1 :], corpus.tokenizer))
     print()
 
 
-def main():
-    about = "Prepare a corpus, or show one masked example of the default one."
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage=argparse.SUPPRESS, description=about)
-    parser.add_argument(
-        "--input", nargs="+", help="files or folders of .txt, .jsonl, .json (C4), each also .gz; hf:NAME (hub.py)"
-    )
-    parser.add_argument("--out", help="the folder to write, which must not exist")
-    parser.add_argument("--val", nargs="+", help="held-out text; without it a share of the documents is held out")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="that share (default 0.05)")
-    parser.add_argument("--vocab", type=int, default=4096, help="token ids (default 4096)")
-    parser.add_argument("--tokenizer", help="a tokenizer.model to use instead of training one")
-    args = parser.parse_args()
-    try:
-        if not args.input:
-            return demo()
-        if not args.out or Path(args.out).exists():
-            raise ValueError("--out: name a folder that does not exist yet")
-        if not 0 < args.val_fraction < 1 or args.vocab < 300:
-            raise ValueError("--val_fraction must lie between 0 and 1, --vocab at 300 or above (256 of them are bytes)")
-        files, val = text_files(args.input), args.val and text_files(args.val)
-        prepare(files, args.out, args.vocab, args.val_fraction, val, args.tokenizer, " ".join(args.input))
-        meta = Corpus(args.out).meta
-    except ValueError as error:
-        parser.exit(2, f"data.py: {error}\n")
-    print(f"{args.out}: {meta['train']['tokens']:,} training tokens, {meta['val']['tokens']:,} held out", end="")
-    print(f"; {meta['replaced_characters']:,} characters could not be read and were replaced" * bool(meta["replaced_characters"]))
+def print_wrapped(sign, text):
+    print(textwrap.fill(text.strip(), 78, initial_indent=f"    {sign:7}", subsequent_indent=" " * 11))
 
 
 if __name__ == "__main__":
-    main()
+    demo()

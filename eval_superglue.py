@@ -26,15 +26,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from denoisers import MODES
 from tqdm import tqdm
 
-import superglue
 from data import rng
-from denoisers import MODES
-from finetune import Trainer, set_dropout
-from padding import batches, padded
-from runs import load_run, provenance
-from superglue import MAIN, TASKS
+from engine.errors import UserError
+from engine.runs import load_run, provenance
+from evals import superglue
+from evals.finetune import Trainer, set_dropout
+from evals.padding import batches, padded
+from evals.superglue import MAIN, TASKS
 from train import choose_machine, steady_memory
 
 EPOCHS = {"CB": 10, "COPA": 10, "WSC": 10, "RTE": 5, "WiC": 5, "BoolQ": 4, "MultiRC": 2, "ReCoRD": 2}
@@ -92,7 +93,9 @@ def text_to_text(task, f):
             return f"wsc: {marked(f)} noun: {f['span1_text']}", {"True": "True", "False": "False"}
         case _:
             name = "cb" if task == "CB" else "rte"
-            return f"{name} hypothesis: {f['hypothesis']} premise: {f['premise']}", {label: label for label in TASKS[task].labels}
+            return f"{name} hypothesis: {f['hypothesis']} premise: {f['premise']}", {
+                label: label for label in TASKS[task].labels
+            }
 
 
 def prompt(task, f):
@@ -163,7 +166,9 @@ class Classifier(torch.nn.Module):
         for tokens, _ in rows:
             tokens[:] = map(place.__getitem__, tokens)
         self.pad = place[self.pad]
-        self.encoder.tokens = torch.nn.Embedding.from_pretrained(self.encoder.tokens.weight.detach()[words], freeze=False)
+        self.encoder.tokens = torch.nn.Embedding.from_pretrained(
+            self.encoder.tokens.weight.detach()[words], freeze=False
+        )
 
     def forward(self, rows):
         """Logits (rows, outputs)."""
@@ -299,7 +304,9 @@ def fit(answers, data, args, autocast, order=batches):
     asked = to_ask(task, data)
     prepared = {name: prepare_all(answers, own) for name, own in asked.items()}
     if answers.bert:
-        answers.model.keep_words([row for part in (examples, *prepared.values()) for rows, _, _ in part for row in rows])
+        answers.model.keep_words(
+            [row for part in (examples, *prepared.values()) for rows, _, _ in part for row in rows]
+        )
     answers.model.to(args.device)
     lengths = [sum(len(row[0]) for row in example[0]) for example in examples]
     epochs, scores = args.epochs or EPOCHS[task], []
@@ -328,7 +335,7 @@ def few_shot(run, task, data, seed, args, autocast):
     """The same without training: the answers of the model as it is, after `shots` solved examples."""
     model, tokenizer, _ = load_run(run, args.device)
     if model.config.arch != "ul2":
-        raise ValueError(f"{run}: --shots asks a UL2; a BERT is fine-tuned (--finetune)")
+        raise UserError(f"{run}: --shots asks a UL2; a BERT is fine-tuned (--finetune)")
     source = "RTE" if task.startswith("AX") else task  # the diagnostics have no training set
     train = superglue.read_task(source, Path(data, source, "train.jsonl"))
     val = superglue.read_task(task, superglue.validation_file(data, task))
@@ -336,7 +343,11 @@ def few_shot(run, task, data, seed, args, autocast):
     began = time.perf_counter()
     predictions = ask(answers, val, prepare_all(answers, val), args.batch, autocast)
     seconds = time.perf_counter() - began
-    return {"epochs": [superglue.score_task(task, val, predictions)], "predictions": {task: predictions}, "seconds": seconds}
+    return {
+        "epochs": [superglue.score_task(task, val, predictions)],
+        "predictions": {task: predictions},
+        "seconds": seconds,
+    }
 
 
 def summarize(out, tasks, results):
@@ -354,7 +365,9 @@ def summarize(out, tasks, results):
         for name, predictions in runs[pick]["predictions"].items():
             superglue.write_predictions(out, name, predictions)
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in last[pick].items() if name != "score")
-        print(f"  {task:8} {table[task]['median']:.3f}  ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds; {metrics})")
+        print(
+            f"  {task:8} {table[task]['median']:.3f}  ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds; {metrics})"
+        )
     if main:
         name = "SuperGLUE score" if len(main) == len(MAIN) else f"{len(main)}-task mean"
         print(f"  {name}: {statistics.mean(main):.3f}")
@@ -362,7 +375,7 @@ def summarize(out, tasks, results):
 
 
 def main():
-    from options import Parser, count, length, natural, positive, share
+    from engine.options import Parser, count, length, natural, positive, share
 
     parser = Parser(prog="eval_superglue.py", allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -371,7 +384,9 @@ def main():
     what.add_argument("--score", metavar="FOLDER", help="folder or .zip of submission files; prints one JSON object")
     what.add_argument("--baseline", metavar="OUT", help="folder to write: the most frequent label everywhere")
     what.add_argument("--finetune", metavar="RUN", help="run folder of the model to fine-tune")
-    what.add_argument("--shots", nargs=2, metavar=("K", "RUN"), help="ask the UL2 of a run folder, after K solved examples")
+    what.add_argument(
+        "--shots", nargs=2, metavar=("K", "RUN"), help="ask the UL2 of a run folder, after K solved examples"
+    )
     parser.add_argument("--tasks", default="all", help=f"of {', '.join(TASKS)}; all: those whose files are there")
     parser.add_argument("--seeds", type=count, default=3, help="how many [3]")
     parser.add_argument("--epochs", type=natural, default=0, help="0: by task, 2 for large to 10 for small ones")
@@ -421,7 +436,7 @@ def evaluate(args, parser):
     tasks = there if args.tasks == "all" else args.tasks.split(",")
     for task in tasks:
         if task not in there:
-            raise ValueError(f"--tasks: {task!r} is not one of {', '.join(there) or 'those in --data, which has none'}")
+            raise UserError(f"--tasks: {task!r} is not one of {', '.join(there) or 'those in --data, which has none'}")
     name = Path(run).resolve().name + (f"-{args.shots}shot" if solve is few_shot else "")
     out = Path(args.out or f"out/superglue/{name}")
     steady_memory()
@@ -435,7 +450,7 @@ def evaluate(args, parser):
             if done.exists():
                 kept = json.loads(done.read_text())
                 if kept["settings"] != settings:
-                    raise ValueError(f"{done}: was made with other settings or files; choose another --out")
+                    raise UserError(f"{done}: was made with other settings or files; choose another --out")
                 found = {"epochs": kept["epochs"], "predictions": {
                     t: {tuple(key): label for key, label in pairs} for t, pairs in kept["predictions"].items()}}  # fmt: skip
             else:

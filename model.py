@@ -1,15 +1,15 @@
 """The transformer: a BERT encoder and a UL2 decoder that run any subset of their layers, and what that costs.
 
-One visible place decides what a skipped layer means: the loop in `Stack.encode`. Blocks know nothing of paths, and what
-they share (positions, the attention mask) is made by the stack, never in a block that may be skipped.
-Not here: which layers to run (raptr.py), the data (data.py, denoisers.py), the optimizer (train.py).
+The loop in `Stack.encode` is the one place that decides what a skipped layer means. Blocks know nothing of paths, and
+what they share (positions, the attention mask) is made by the stack, never in a block that may be skipped.
+Not here: which layers run (raptr.py), the batches (data.py), the optimizer (train.py).
 
     python model.py             parameters and FLOPs of every preset in configs/
 
 Sources: BERT (Devlin et al., arXiv 1810.04805); UL2 (Tay et al., arXiv 2205.05131); pre-LN (Xiong et al., arXiv
-2002.04745); rotary positions (Su et al., arXiv 2104.09864); relative positions (T5, Raffel et al., arXiv 1910.10683); gated
-MLP (Shazeer, arXiv 2002.05202). `--norm post --positions learned --dropout 0.1 --init_std 0.02 --types 2 --norm_eps 1e-12` is
-BERT as published.
+2002.04745); rotary positions (Su et al., arXiv 2104.09864); relative positions (T5, Raffel et al., arXiv 1910.10683);
+gated MLP (Shazeer, arXiv 2002.05202). BERT as published is `--norm post --positions learned --dropout 0.1 --init_std 0.02
+--types 2 --norm_eps 1e-12`.
 
 Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked positions per sequence, N targets in all.
 """
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from raptr import whole
+from engine.errors import UserError
+from raptr import all_layers
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config:
     gated: bool = False  # gated MLP: a third matrix, whose product passes through the GELU
     tied: bool = True  # the head's matrix is the token embedding
     loss_chunk: int = 0  # targets whose logits exist at a time; 0: all
-    norm_parts: str = ""  # "64-64": norm these parts of a vector each by itself (deep_fusion.py)
+    norm_parts: str = ""  # "64-64": norm these parts of a vector each by itself (methods/deep_fusion.py)
     types: int = 0  # token types ("segments"), as the original BERT has two
     norm_eps: float = 1e-5
 
@@ -88,7 +89,9 @@ def buckets(distance, count=32, far=128):
     """T5's buckets of relative positions: half for each direction; near ones one by one, farther ones by logarithm."""
     half = count // 2
     near = distance.abs()
-    log = half // 2 + (near.clamp(min=1).float() / (half // 2)).log() / torch.tensor(far / (half // 2)).log() * (half // 2)
+    log = half // 2 + (near.clamp(min=1).float() / (half // 2)).log() / torch.tensor(far / (half // 2)).log() * (
+        half // 2
+    )
     return half * (distance > 0) + torch.where(near < half // 2, near, log.long().clamp(max=half - 1))
 
 
@@ -133,7 +136,9 @@ class Attention(nn.Module):
         if shared.rotation is not None:
             q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         if shared.past is not None:
-            k, v = (torch.cat([shared.past[name], new], 2) if shared.past else new for name, new in (("k", k), ("v", v)))
+            k, v = (
+                torch.cat([shared.past[name], new], 2) if shared.past else new for name, new in (("k", k), ("v", v))
+            )
             shared.past.update(k=k, v=v)
         y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
         return F.dropout(self.out(y if shared.gain is None else y * shared.gain), self.dropout, self.training)
@@ -164,7 +169,10 @@ class PartNorm(nn.Module):
         self.bias = None if config.rms else nn.Parameter(torch.zeros(config.width))
 
     def forward(self, x):
-        y = torch.cat([self.norm(part, part.shape[-1:], eps=self.eps) for part in x.split(self.parts, -1)], -1) * self.weight
+        y = (
+            torch.cat([self.norm(part, part.shape[-1:], eps=self.eps) for part in x.split(self.parts, -1)], -1)
+            * self.weight
+        )
         return y if self.bias is None else y + self.bias
 
 
@@ -261,34 +269,29 @@ class Stack(nn.Module):
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         x = F.dropout(self.embedding_norm(x), self.dropout, self.training)
-        rotation = (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
+        rotation = (
+            (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
+        )
         if self.relative is not None:
             place = torch.arange(start + T, device=x.device)
             bias = self.relative(buckets(place - place[start:, None])).permute(2, 0, 1)[None]  # (1, H, T, start + T)
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
-        subnetwork = subnetwork or whole(len(self.blocks))
-        kept, frozen, rows = subnetwork.layers, subnetwork.frozen, subnetwork.rows or [None] * len(subnetwork.layers)
-        scales = [None] * len(kept)
+        subnetwork = subnetwork or all_layers(len(self.blocks))
+        scales = [None] * len(subnetwork.layers)
         if subnetwork.scale is not None:
             scales = torch.tensor(subnetwork.scale, device=x.device).unbind()  # tensors: a float would recompile
-        width = subnetwork.width  # its blocks have been cut to it (width.py)
-        gain = None if width is None or width.scale is None else torch.tensor(width.scale, device=x.device)
-        for i, layer in enumerate(kept):  # a layer not named here is bypassed: its input is its output
-            seen = mask if width is None or self.relative is None else mask[:, width.heads[i]]
-            shared = Shared(rotation, seen, None if past is None else past.setdefault(layer, {}), gain)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= frozen):
-                x = self.run(self.blocks[layer], x, scales[i], shared, rows[i])
-        return self.final_norm(x)
+        width = subnetwork.width  # its blocks have been cut to it (methods/width.py)
+        gain = None if width is None else torch.tensor(width.scale, device=x.device)
 
-    def run(self, block, x, scale, shared, rows):
-        """One block, on all sequences or (rows) on some of them; the others pass by."""
-        if rows is None:
-            return block(x, scale, shared)
-        rows = torch.tensor(rows, dtype=torch.long, device=x.device)  # perhaps none of this micro-batch
-        if shared.mask is not None and len(shared.mask) > 1:
-            shared = shared._replace(mask=shared.mask[rows])
-        return x.index_copy(0, rows, block(x[rows], scale, shared))
+        # y_l = y_{l-1} + a_l f_l(y_{l-1}) for the layers of the path. A layer that is not named here is bypassed: its
+        # input is its output, and its weights get no gradient.
+        for i, layer in enumerate(subnetwork.layers):
+            visible = mask if width is None or self.relative is None else mask[:, width.heads[i]]
+            shared = Shared(rotation, visible, None if past is None else past.setdefault(layer, {}), gain)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= subnetwork.frozen):
+                x = self.blocks[layer](x, scales[i], shared)
+        return self.final_norm(x)
 
     def predict(self, x):
         """Logits (..., V padded) of states (..., C)."""
@@ -344,9 +347,8 @@ class UL2(Stack):
 
     def states(self, tokens, prefix, subnetwork=None):
         """States (B, T, C) of token ids (B, T), of which the first `prefix` (B,) are read in both directions."""
-        picks_rows = subnetwork is not None and subnetwork.rows is not None
         drops = self.training and self.dropout > 0  # which flex attention cannot
-        fused = tokens.is_cuda and self.relative is None and not picks_rows and not drops
+        fused = tokens.is_cuda and self.relative is None and not drops
         return self.encode(tokens, subnetwork, self.mask(prefix, tokens.shape[1], fused))
 
     def logits(self, tokens, prefix, subnetwork=None):
@@ -366,11 +368,13 @@ def make(config, seed=0):
 
 
 def check_weights(model, tensors, where):
-    """ValueError unless the names and shapes of `tensors` are those of the model's own weights."""
-    own = dict(model.named_parameters())
-    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
+    """Raise UserError unless the names and shapes of `tensors` are those of the model's weights."""
+    weights = dict(model.named_parameters())
+    wrong = sorted(set(weights) ^ set(tensors)) or [n for n, p in weights.items() if p.shape != tensors[n].shape]
     if wrong:
-        raise ValueError(f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more")
+        raise UserError(
+            f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -392,27 +396,38 @@ def flops(config, sequences, targets, layers=None):
     is twice the forward. What `loss_chunk` computes again is not counted.
     """
     C, T = config.width, config.seq
-    layer = 2 * T * (4 * C * C + (3 if config.gated else 2) * C * config.mlp) + 2 * T * T * 2 * C  # products; scores, their use
+    layer = (
+        2 * T * (4 * C * C + (3 if config.gated else 2) * C * config.mlp) + 2 * T * T * 2 * C
+    )  # products; scores, their use
     head = 2 * targets * (C * config.padded_vocab + (C * C if config.arch == "bert" else 0))
     return 3 * sequences * ((config.layers if layers is None else layers) * layer + head)
 
 
 def demo():
-    from pathlib import Path
+    import tomllib
+    from argparse import Namespace
 
-    import denoisers
-    import options
+    from data import objective
+    from engine import ROOT
 
     print("\n  preset        layers  width   params    FLOPs/step   half the layers   of which head")
-    for path in sorted((Path(__file__).parent / "configs").glob("*.toml")):
-        args = options.parse([f"--config={path}"])
-        config, targets = Config.of(args, denoisers.model_vocab(args)), denoisers.targets_per_row(args)
+    for path in sorted((ROOT / "configs").glob("*.toml")):
+        args = Namespace(**tomllib.loads(path.read_text()))
+        args.__dict__.setdefault("mlp", 4 * args.width)
+        args.__dict__.setdefault("arch", "bert")
+        task = objective(args)
+        fields = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
+        config, targets = Config(**fields | {"vocab": task.model_vocab}), task.targets_per_row()
         full = flops(config, args.batch, targets)
         half = flops(config, args.batch, targets, config.layers // 2) / full
         head = flops(config, args.batch, targets, 0) / full
         size = f"{parameters(config) / 1e6:,.1f}M"
-        print(f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}  {full:12.3e}  {half:16.1%}  {head:14.1%}")
-    print("\n  A step is forward and backward over the whole batch. The head always runs, so half the layers cost a bit")
+        print(
+            f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}  {full:12.3e}  {half:16.1%}  {head:14.1%}"
+        )
+    print(
+        "\n  A step is forward and backward over the whole batch. The head always runs, so half the layers cost a bit"
+    )
     print("  more than half a step; embeddings are look-ups and cost nothing here.\n")
 
 

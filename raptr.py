@@ -1,101 +1,74 @@
-"""RaPTr: which part of the network trains at this step?
+"""RaPTr: which layers of the network train at this step?
 
-The whole method, without a tensor in it. At every step a random subset of the layers, a *path*, is trained and
-the others are bypassed; training runs in stages whose paths grow, and the last stage trains the full model.
-In width the same: a random subset of every layer's attention heads and hidden neurons.
-Not here: the model that runs a path (model.py), how its width is cut (width.py), the loop that asks for one per step
-(train.py).
+At each step a random subset of the layers, a *path*, is trained, and the other layers are bypassed. Training runs in
+stages whose paths grow, and the last stage trains the full model. This file is the whole method, without a tensor in
+it. It imports nothing but Python's standard library, so you can copy it into a project of your own and train any model
+with `over`.
+Not here: the model that runs a path (model.py), the training loop (train.py), RaPTr in width (methods/width.py).
 
-    python raptr.py                          draw the default plan, a few of its paths, and what they cost
+    python raptr.py                                         draw the default plan, some of its paths, and their cost
     python raptr.py --stages 3-6-9-12 --alpha 1 --layers 12
-    python raptr.py --part both --heads 8
 
-Source: "Efficient Stagewise Pretraining via Progressive Subnetworks" (Panigrahi et al., arXiv 2402.05913).
-The authors released no code. What their text leaves open is a flag here, and README.md lists our defaults.
+Source: "Efficient Stagewise Pretraining via Progressive Subnetworks" (Panigrahi et al., arXiv 2402.05913, ICLR 2025).
+The authors released no code. What their text leaves open is a flag of train.py, listed with its default in README.md.
 
-Legend: L layers, k kept layers, I the layers always kept, T steps, S stages. Layers count from 0, steps from 1.
+Legend: L layers, k kept layers, I the layers that are always kept, T steps, S stages.
+Layers count from 0, steps from 1.
 """
 
+import contextlib
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
-
-
-@dataclass(frozen=True)
-class Width:
-    """The part of their width that the kept layers train. A layer is cut into as many slices as it has heads: a slice is one
-    head, or the share of one in the MLP's hidden neurons (of 4 heads and 512 neurons, 128 that stand side by side).
-
-    heads, neurons: for each kept layer the slices kept, rising; all layers keep as many of the one as of the other.
-    scale: multiplies what kept heads and neurons hand on; None means 1.
-    """
-
-    slices: int
-    heads: tuple[tuple[int, ...], ...]
-    neurons: tuple[tuple[int, ...], ...]
-    scale: float | None = None
-
-    @property
-    def share(self):
-        return len(self.heads[0]) / self.slices if self.heads else 0.0
 
 
 @dataclass(frozen=True)
 class Subnetwork:
     """The part of the network that trains in one step. `None` in its place means the full model.
 
-    layers: indices of the kept layers, rising; an empty tuple means no layer at all.
-    scale: one multiplier per kept layer, applied once to the block's whole update; None means 1 for each.
-    rows: for each kept layer the sequences of the batch it runs on; None means all of them.
-    frozen: how many of the kept layers, from the bottom, run without being trained nor the look-up below
-        them; the token embedding still learns as the head's matrix, to which it is tied.
-    width: the part of the kept layers' width; None means all of it.
+    layers: indices of the kept layers, ascending. An empty tuple means no layer at all.
+    scale: one multiplier per kept layer, applied once to the block's whole update. None means 1 for each.
     """
 
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
-    rows: tuple[tuple[int, ...], ...] | None = None
-    frozen: int = 0
-    width: Width | None = None
 
-    def cost(self, batch):
-        """FLOPs of the layers, in units of one trained layer on a batch of `batch` sequences. A frozen layer has no
-        backward pass, which is two thirds of the work."""
-        ran = len(self.layers) if self.rows is None else sum(map(len, self.rows)) / batch
-        return (ran - 2 / 3 * self.frozen) * (1 if self.width is None else self.width.share)
+    # Two methods train less than all of a kept layer. Their subclasses set these:
+    frozen = 0  # stacking.py, MSLT: so many of the lowest kept layers run without being trained
+    width = None  # methods/width.py: the heads and hidden neurons that train
 
-    def micro_batch(self, start, stop):
-        """The same subnetwork for sequences start .. stop - 1 of the batch."""
-        if self.rows is None:
-            return self
-        rows = tuple(tuple(row - start for row in kept if start <= row < stop) for kept in self.rows)
-        return replace(self, rows=rows)
+    def cost(self):
+        """FLOPs of the layers, in units of one whole layer, trained."""
+        return len(self.layers)
 
 
-def whole(layers):
-    """All of `layers` layers, written out: what None stands for."""
-    return Subnetwork(tuple(range(layers)))
+def all_layers(count):
+    """The subnetwork of all `count` layers: what None stands for, written out."""
+    return Subnetwork(tuple(range(count)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The stage plan
+# Stages
 
 
 class Stage(NamedTuple):
+    """One stage of training. The paper writes it (T_s, p_s, I_s): duration, keep probability, layers always kept. Here
+    the mean path length stands in place of p_s, which follows from it (`keep_probability`)."""
+
     start: int  # first step, counting from 1
     end: int  # last step
-    length: float  # mean number of layers that train in it
+    length: float  # mean number of layers that train in a step
 
 
 def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
-    """Cut `steps` steps into stages: [Stage, ...], one per entry of `lengths`.
+    """Divide `steps` steps into stages. Returns [Stage, ...], one per entry of `lengths`.
 
-    lengths: mean number of active layers per stage, never falling, ending at `layers`: 6-8-10-12 is [6, 8, 10, 12].
-    alpha: stage s of S lasts a share s^alpha of the steps: 0 is the paper's Equal, 1 its Proportional.
-    full_warmup: steps of the full model before the first stage. They count as steps of the run (the paper does
-        not say whether they do).
-    Raises ValueError for a plan that falls, does not end at `layers`, or is longer than the run.
+    lengths: mean number of layers per stage, ascending to `layers`. 6-8-10-12 is [6, 8, 10, 12].
+    alpha: stage s of S lasts a share of the steps proportional to s^alpha. The paper uses 0 (Equal) and 1 (Proportional).
+    full_warmup: steps that train the full model before the first stage. They count as steps of the run; the paper does
+        not say whether they do.
+    Raises ValueError if the plan falls, does not end at `layers`, or has more stages than there are steps.
     """
     text = "-".join(f"{k:g}" for k in lengths)
     if not all(map(math.isfinite, lengths)) or any(b < a for a, b in zip(lengths, lengths[1:])):
@@ -104,44 +77,46 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
         raise ValueError(f"--stages {text}: the last stage trains the full model, so it must be {layers} (--layers)")
     if not 0 <= full_warmup < steps:
         raise ValueError(f"--full_warmup {full_warmup}: must lie in 0 .. {steps - 1} (below --steps)")
+    # Round the cumulated shares, not the single ones: then the stages add up to all steps.
     shares = [s**alpha for s in range(1, len(lengths) + 1)]
-    ends = [full_warmup + round((steps - full_warmup) * sum(shares[: s + 1]) / sum(shares)) for s in range(len(shares))]
+    cumulated = [sum(shares[: s + 1]) / sum(shares) for s in range(len(shares))]
+    ends = [full_warmup + round((steps - full_warmup) * share) for share in cumulated]
     starts = [full_warmup + 1] + [end + 1 for end in ends]
     plan = [Stage(1, full_warmup, layers)] * (full_warmup > 0)
-    plan += [Stage(a, b, k) for a, b, k in zip(starts, ends, lengths)]
+    plan += [Stage(start, end, k) for start, end, k in zip(starts, ends, lengths)]
     if any(stage.end < stage.start for stage in plan):
         raise ValueError(f"--stages {text}: {steps} steps are too few for it (--steps)")
     return plan
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# A method: what a training loop asks, and full training's answers
+# What a training loop asks of a method. Full training answers it; every other method says only where it differs.
 
 
 class Full:
-    """Every step trains every layer. All other methods are built on this and say only where they differ."""
+    """Full training: every step trains every layer."""
 
     def __init__(self, layers):
         self.layers = layers
 
     def subnetwork(self, step):
-        """What trains at `step` (from 1): a Subnetwork, or None for all of the network."""
+        """What trains at `step` (from 1): a Subnetwork, or None for the full model."""
         return None
 
     def expected_layers(self, step):
-        """Mean cost of `step`, in layers: see Subnetwork.cost."""
+        """Expected cost of `step`, in layers. See Subnetwork.cost."""
         return self.layers
 
     def stage(self, step):
-        """Number of the stage that `step` lies in, from 0."""
+        """Number of the stage that `step` belongs to, from 0."""
         return 0
 
     def depth(self, step):
-        """How many layers the network has. The loop grows it when this changes (stacking.py)."""
+        """How many layers the network has. When this changes, the loop grows the network (stacking.py)."""
         return self.layers
 
-    def since_growth(self, step):
-        """Steps since the network last grew, its first step after that being 1."""
+    def steps_since_growth(self, step):
+        """Steps since the network last grew: 1 at the first step of the grown network."""
         return math.inf
 
     def examples(self):
@@ -167,31 +142,40 @@ class Staged(Full):
 # RaPTr's answers: random paths
 
 
-def keep_probability(k, layers, fixed):
-    """p such that the fixed layers and each other one with probability p make k layers on average."""
-    free = layers - len(fixed)
-    return (k - len(fixed)) / free if free else 1.0
+def keep_probability(k, layers, pinned):
+    """p_s: keeping each layer that is not pinned with this probability gives k layers on average.
+
+    k = |I| + p (L - |I|), solved for p. For 12 layers of which two are pinned, 6-8-10-12 is p = 0.4, 0.6, 0.8, 1.
+    """
+    free = layers - len(pinned)
+    return (k - len(pinned)) / free if free else 1.0
 
 
-def draw_layers(rng, k, layers, fixed, sampling):
-    """One path of (about) k layers. `exact`: always k of them (if k is not whole, the whole number below or above
-    it, k on average); `bernoulli`: each free layer independently, as in the paper's definition of zeta_l."""
-    free = [layer for layer in range(layers) if layer not in fixed]
+def draw_layers(rng, k, layers, pinned, sampling):
+    """Draw the layers of one path: the pinned ones, and a random choice of the others.
+
+    sampling: "bernoulli" keeps each free layer independently, as the paper defines a path (zeta_l ~ Bernoulli(p) for l
+        not in I, zeta_l = 1 for l in I). "exact" keeps exactly k layers, as the paper's figure shows it, so that all steps
+        of a stage cost the same; a k that is not whole is rounded up or down at random, so that its mean is k.
+    """
+    free = [layer for layer in range(layers) if layer not in pinned]
     if sampling == "bernoulli":
-        p = keep_probability(k, layers, fixed)
+        p = keep_probability(k, layers, pinned)
         kept = [layer for layer in free if rng.random() < p]
     else:
         count = math.floor(k) + (rng.random() < k - math.floor(k))
-        kept = rng.sample(free, count - len(fixed))
-    return tuple(sorted(set(fixed) | set(kept)))
+        kept = rng.sample(free, count - len(pinned))
+    return tuple(sorted(set(pinned) | set(kept)))
 
 
-def path_scale(kept, k, layers, fixed, scaling):
-    """Multipliers for the kept layers; the full model is never scaled. The paper tries a scaling whose formula we could
-    not read; these are the candidates, and the default is `none`.
+def path_scale(kept, k, layers, pinned, scaling):
+    """Multipliers of the kept layers' updates, or None. All are 1 in the full model.
 
-    gap: sqrt(distance to the kept layer below): a layer stands in for the skipped ones before it;
-    uniform: sqrt(L / k); inverse: 1 / p on the layers that could have been dropped, as in PLD.
+    The paper tries a scaling whose formula we could not read. These are the candidates; the default is "none".
+    gap: sqrt(distance to the kept layer below), as a kept layer stands in for the skipped ones before it. At
+        initialisation a pre-LN stack adds about independent updates, whose sum grows as the square root of their number.
+    uniform: sqrt(L / k) for every kept layer, for the same reason.
+    inverse: 1 / p for the layers that can be dropped, as in progressive layer dropping: the mean update is unchanged.
     """
     if scaling == "none":
         return None
@@ -199,73 +183,98 @@ def path_scale(kept, k, layers, fixed, scaling):
         return tuple(math.sqrt(b - a) for a, b in zip((-1, *kept), kept))
     if scaling == "uniform":
         return tuple(math.sqrt(layers / len(kept)) for _ in kept)
-    p = keep_probability(k, layers, fixed)
-    return tuple(1.0 if layer in fixed else 1 / p for layer in kept)
-
-
-def draw_width(rng, share, slices, layers, scaling):
-    """A share of the heads and of the hidden neurons of each of `layers` layers, every head and every group of neurons with
-    equal probability; of all layers equally many: slices * share, or one of the two whole numbers next to it, that on
-    average. None if that is all of them. The paper says of width only that it can be done: all of this is our reading.
-
-    scaling: of what they hand on, if n of N are kept. uniform: sqrt(N / n), so that the size of a sum of independent parts
-    is kept; inverse: N / n, as in dropout, so that its mean is; none.
-    """
-    exact = round(slices * share, 9)
-    count = math.floor(exact) + (rng.random() < exact - math.floor(exact))
-    if count == slices:
-        return None
-    heads, neurons = (tuple(tuple(sorted(rng.sample(range(slices), count))) for _ in range(layers)) for _ in range(2))
-    scale = {"none": None, "uniform": math.sqrt(slices / count), "inverse": slices / count}[scaling]
-    return Width(slices, heads, neurons, scale)
+    p = keep_probability(k, layers, pinned)
+    return tuple(1.0 if layer in pinned else 1 / p for layer in kept)
 
 
 class RaPTr(Staged):
-    """subnetwork(step) for a stage plan: a pure function of (seed, step), so any rank can ask for any step.
+    """Random paths that follow a stage plan.
 
-    fixed: the layers that are always kept, I. The paper's experiments keep the first and the last.
-    part: what a stage of k of L layers takes away. depth: layers. width: heads and neurons; all layers run, and a share
-        k / L of each. both: layers and width by sqrt(k / L) each. It costs the same, k layers, in all three.
-    slices, gain: of the width, the number of heads, and `scaling` of draw_width.
+    pinned: the layers that are always kept, I. The paper's experiments pin the first and the last.
+    sampling, scaling: see `draw_layers` and `path_scale`.
+    Raises ValueError if a pinned layer does not exist, or a stage is shorter than the pinned layers.
     """
 
-    def __init__(self, plan, layers, fixed, sampling="exact", scaling="none", seed=0, part="depth", slices=1, gain="none"):
-        shortest = min(stage.length for stage in plan)
-        if any(not 0 <= layer < layers for layer in fixed):
-            raise ValueError(f"--fixed {sorted(fixed)}: layers are numbered 0 .. {layers - 1} (--layers)")
+    def __init__(self, plan, layers, pinned, sampling="exact", scaling="none", seed=0):
         super().__init__(plan, layers)
-        self.depth_power, self.width_power = {"depth": (1, 0), "width": (0, 1), "both": (0.5, 0.5)}[part]
-        if part != "width" and self.path_length(shortest) < len(fixed):
-            raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(fixed)} always kept (--fixed)")
-        if slices * (shortest / layers) ** self.width_power < 1:
-            raise ValueError(f"a stage keeps less than one of {slices} heads (--heads, --stages)")
-        self.fixed, self.sampling, self.scaling, self.seed = frozenset(fixed), sampling, scaling, seed
-        self.slices, self.gain = slices, gain
-
-    def path_length(self, k):
-        """Mean number of layers that run in a stage that costs as much as k."""
-        return k if self.depth_power == 1 else self.layers * (k / self.layers) ** self.depth_power
+        self.pinned, self.sampling, self.scaling, self.seed = frozenset(pinned), sampling, scaling, seed
+        if any(not 0 <= layer < layers for layer in pinned):
+            raise ValueError(f"--fixed {sorted(pinned)}: layers are numbered 0 .. {layers - 1} (--layers)")
+        shortest = min(stage.length for stage in plan)
+        if shortest < len(pinned):
+            raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(pinned)} always kept (--fixed)")
 
     def subnetwork(self, step):
+        # The path depends on (seed, step) and nothing else: every rank draws the same one without asking, and a run that
+        # resumes at this step draws it again. One path serves the whole batch, as in the paper.
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
 
     def path(self, k, name):
-        """The subnetwork of (mean) cost k that belongs to a name. A string seed is hashed the same way on every machine."""
+        """The path of (mean) length k that belongs to a name. Python hashes a string seed the same way everywhere."""
         if k == self.layers:
             return None
-        rng, length, kept, scale, width = random.Random(name), self.path_length(k), tuple(range(self.layers)), None, None
-        if self.depth_power:
-            kept = draw_layers(rng, length, self.layers, self.fixed, self.sampling)
-            scale = path_scale(kept, length, self.layers, self.fixed, self.scaling)
-        if self.width_power:
-            share = (k / self.layers) ** self.width_power
-            width = draw_width(rng, share, self.slices, len(kept), self.gain)
-        return Subnetwork(kept, scale, width=width)
+        kept = draw_layers(random.Random(name), k, self.layers, self.pinned, self.sampling)
+        return Subnetwork(kept, path_scale(kept, k, self.layers, self.pinned, self.scaling))
 
     def examples(self, count=4):
-        """A few paths of every stage's length, the same for every seed."""
+        """Some paths of each stage's length, the same for every seed."""
         lengths = sorted({stage.length for stage in self.plan} - {self.layers})
         return {f"{k:g}": [self.path(k, f"example {i}") for i in range(count)] for k in lengths}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# RaPTr for anybody's model
+
+
+@contextlib.contextmanager
+def over(layers, subnetwork):
+    """Within this context the nn.ModuleList `layers` holds only the kept layers, so the model runs and trains only those.
+
+    Build the optimizer outside, over all parameters, and let the gradients of skipped layers be None
+    (`zero_grad(set_to_none=True)`). DistributedDataParallel fails or hangs, because it waits for the gradients of skipped
+    layers: sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
+    Raises ValueError for layers that are not alike (some attend to a window, say): their model chooses a mask by the
+    place of a layer, and places change here. Raises ValueError for a subnetwork that cuts or freezes layers.
+    """
+    if subnetwork is None:
+        yield
+        return
+    if subnetwork.width or subnetwork.frozen:
+        raise ValueError("over() runs some of the layers; it cannot cut their width or freeze them")
+    if len(kinds(layers)) > 1:
+        raise ValueError(
+            f"over() needs layers that are all alike; these are of kinds {', '.join(sorted(kinds(layers)))}"
+        )
+    everything, kept = dict(layers._modules), [layers[i] for i in subnetwork.layers]
+    hooks = [
+        layer.register_forward_hook(scale_update(scale), with_kwargs=True)
+        for layer, scale in zip(kept, subnetwork.scale or ())
+    ]
+    layers._modules = {str(i): layer for i, layer in enumerate(kept)}
+    try:
+        yield
+    finally:
+        layers._modules = everything
+        for hook in hooks:
+            hook.remove()
+
+
+def kinds(layers):
+    """The kinds of attention in a stack of `transformers`' layers: {"full_attention"}, say; empty if it names none."""
+    configs = [getattr(module, "config", None) for layer in layers for module in layer.modules()]
+    return {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
+
+
+def scale_update(scale):
+    """A forward hook that multiplies what a layer adds to its input."""
+
+    def hook(layer, args, kwargs, output):
+        x = args[0] if args else kwargs["hidden_states"]
+        y = output[0] if isinstance(output, tuple) else output
+        y = x + scale * (y - x)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    return hook
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -273,10 +282,13 @@ class RaPTr(Staged):
 
 
 def mean_layers(method, steps, samples=20_000):
-    """Mean number of layers that train per step over a run. Long runs are sampled at evenly spaced steps."""
+    """Mean cost of a step over a run, in layers. Long runs are sampled at evenly spaced steps.
+
+    L divided by this is the paper's relative FLOPs: 12 / 9 = 1.333 for 6-8-10-12.
+    """
     stride = max(1, steps // samples)
-    seen = range(1 + stride // 2, steps + 1, stride)
-    return math.fsum(method.expected_layers(step) for step in seen) / len(seen)
+    sampled = range(1 + stride // 2, steps + 1, stride)
+    return math.fsum(method.expected_layers(step) for step in sampled) / len(sampled)
 
 
 def draw(layers, length):
@@ -287,34 +299,32 @@ def draw(layers, length):
 def demo():
     import argparse
 
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Draw a stage plan, sampled paths, and their cost.")
-    parser.add_argument("--stages", default="6-8-10-12")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--alpha", type=float, default=0.0)
-    parser.add_argument("--full_warmup", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--part", choices=["depth", "width", "both"], default="depth")
-    parser.add_argument("--heads", type=int, default=4)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description="Draw a stage plan, sampled paths, their cost."
+    )
+    parser.add_argument("--stages", default="6-8-10-12", help="layers per stage [6-8-10-12]")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the network [12]")
+    parser.add_argument("--alpha", type=float, default=0.0, help="0: stages of equal length, 1: proportional [0]")
+    parser.add_argument("--full_warmup", type=int, default=0, help="steps of the full model first [0]")
+    parser.add_argument("--steps", type=int, default=800, help="steps of the run [800]")
+    parser.add_argument("--seed", type=int, default=0, help="of the paths [0]")
     args = parser.parse_args()
     try:
         lengths = [float(k) for k in args.stages.split("-")]
         plan = stage_plan(lengths, args.steps, args.layers, args.alpha, args.full_warmup)
-        method = RaPTr(plan, args.layers, {0, args.layers - 1}, seed=args.seed, part=args.part, slices=args.heads)
+        method = RaPTr(plan, args.layers, {0, args.layers - 1}, seed=args.seed)
     except (ValueError, OverflowError) as error:
         parser.exit(2, f"raptr.py: {error}\n")
-    also = "" if args.part == "depth" else "; of the first of them, and of the second, which heads"
-    print(f"\n  RaPTr {args.stages}: which of {args.layers} layers train (filled) at a step{also}\n")
+    print(f"\n  RaPTr {args.stages}: which of {args.layers} layers train (filled) at a step\n")
     for number, stage in enumerate(plan):
         print(f"  stage {number}: steps {stage.start} to {stage.end}, {stage.length:g} layers a step")
         for step in range(stage.start, min(stage.start + 4, stage.end + 1)):
-            subnetwork = method.subnetwork(step) or whole(args.layers)
-            heads = subnetwork.width.heads if subnetwork.width else [range(args.heads)] * 2
-            shown = "" if args.part == "depth" else "".join(f"   {draw(kept, args.heads)}" for kept in heads[:2])
-            print(f"    step {step:4d}  {draw(subnetwork.layers, args.layers)}{shown}")
+            subnetwork = method.subnetwork(step) or all_layers(args.layers)
+            print(f"    step {step:4d}  {draw(subnetwork.layers, args.layers)}")
     mean = mean_layers(method, args.steps)
-    relative = args.layers / mean
-    print(f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {relative:.3f} times as many layer FLOPs")
+    print(
+        f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {args.layers / mean:.3f} times as many layer FLOPs"
+    )
     print(f"  ({1 - mean / args.layers:.1%} saved; embeddings and head, which always run, are not counted)\n")
 
 

@@ -1,15 +1,15 @@
-"""Growing in depth: train a shallow network, copy layers to make it deeper, go on. Nothing here knows a tensor's values.
+"""Growing in depth: train a shallow network, copy layers to make it deeper, train on. Nothing here knows a tensor's values.
 
-    python stacking.py              for every method, which layer each layer was copied from, stage by stage
+    python stacking.py          for every method, which layer each layer was copied from, stage by stage
 
     stacking      gradual stacking: a copy of the last block of layers goes on top
     progressive   progressive stacking: the whole stack is doubled
-    mslt          the growth of `stacking`, but only the new layers train, until a stage that adds none trains them all
+    mslt          the growth of `stacking`, but only the new layers train, until a stage that adds none trains all
     midas         the middle block is repeated in place
-    jump          one late jump from a few layers to all: by repeating the stack, or with fresh layers on top
+    jump          one late jump from a few layers to all of them, by repeating the stack
 
-A growth is a list of sources: entry i names the old layer that new layer i is copied from, or None for a fresh one.
-Weights and moments grow by the same list. Not here: when the optimizer is rebuilt (train.py).
+A growth is a list of sources: entry i is the old layer that new layer i is a copy of. Weights and optimizer moments grow
+by the same list. Not here: when the loop grows the network (train.py).
 
 Sources: Gong et al., ICML 2019 (progressive); Reddi et al., ICML 2023 (gradual); Yang et al., arXiv 2011.13635 (mslt);
 Saunshi et al., NeurIPS 2024 (midas); Du et al., arXiv 2405.15319 and Bu, arXiv 2511.04981 (jump).
@@ -18,8 +18,9 @@ Legend: n layers before a growth, m after it; layers count from 0, steps from 1.
 
 import math
 import re
+from dataclasses import dataclass
 
-from raptr import Staged, Subnetwork, stage_plan, whole
+from raptr import Staged, Subnetwork, all_layers, stage_plan
 
 # ----------------------------------------------------------------------------------------------------------------
 # Where the layers come from
@@ -40,30 +41,25 @@ def midas(n, m):
     """The network is cut into blocks of m - n layers; the middle one, ceil(blocks / 2), is repeated in place."""
     block = m - n
     if n % block:
-        raise ValueError(f"--stages: midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}")
+        raise ValueError(
+            f"--stages: midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}"
+        )
     end = -(-(n // block) // 2) * block
     return [*range(end), *range(end - block, n)]
 
 
-def fresh(n, m):
-    """New layers on top, as they were initialised."""
-    return [i if i < n else None for i in range(m)]
+SOURCES = {"stacking": stacking, "mslt": stacking, "progressive": progressive, "midas": midas, "jump": progressive}
 
 
-SOURCES = {"stacking": stacking, "mslt": stacking, "progressive": progressive, "midas": midas}
-
-
-def grow(tensors, sources, new=None):
-    """Tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") rearranged by `sources`, each with storage of
-    its own. Names without a block number stay. new: tensors for the fresh layers, by their new names; zeros if None."""
+def grow(tensors, sources):
+    """Rearrange the tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") by `sources`. Every layer gets
+    storage of its own. Names without a block number stay."""
     grown = {name: tensor.clone() for name, tensor in tensors.items() if "blocks." not in name}
-    names = [re.split(r"blocks\.(\d+)\.", name) for name in tensors if "blocks." in name]
-    inside = {(before, after) for before, _, after in names}
+    split = [re.split(r"blocks\.(\d+)\.", name) for name in tensors if "blocks." in name]
+    in_block = sorted({(before, after) for before, _, after in split})
     for layer, source in enumerate(sources):
-        for before, after in sorted(inside):
-            name = f"{before}blocks.{layer}.{after}"
-            old = tensors[f"{before}blocks.{source or 0}.{after}"]
-            grown[name] = old.clone() if source is not None else new[name].clone() if new else old.new_zeros(old.shape)
+        for before, after in in_block:
+            grown[f"{before}blocks.{layer}.{after}"] = tensors[f"{before}blocks.{source}.{after}"].clone()
     return grown
 
 
@@ -71,25 +67,38 @@ def grow(tensors, sources, new=None):
 # When they grow
 
 
-class Stacking(Staged):
-    """A stage plan (raptr.py) whose lengths are depths of the network itself. depth(step) says how deep it is.
+@dataclass(frozen=True)
+class PartlyFrozen(Subnetwork):
+    """A Subnetwork whose lowest `frozen` layers run without being trained, nor is the embedding look-up below them. The
+    token embedding still learns as the head's matrix, if it is tied to it."""
 
-    A full-model stage before the rest (`--full_warmup`) trains the deep network first; the shallow one that follows is made
-    of its lowest layers. So it gives stacking the same warm-up that RaPTr gets; what the upper layers learned is lost.
+    frozen: int = 0
+
+    def cost(self):
+        return super().cost() - 2 / 3 * self.frozen  # no backward pass, which is two thirds of the work
+
+
+class Stacking(Staged):
+    """A stage plan (raptr.py) whose lengths are depths of the network itself; `depth(step)` says how deep it is.
+
+    kind: one of SOURCES. only_new: train only the layers that the last growth added (MSLT).
+    A full-model stage before the others (`--full_warmup`) trains the deep network first and continues with its lowest
+    layers. This gives stacking the warm-up that RaPTr gets; what the upper layers learned is lost.
+    Raises ValueError for a growth that is not possible.
     """
 
     def __init__(self, kind, plan, layers, only_new=False):
         if any(stage.length != int(stage.length) or stage.length < 1 for stage in plan):
-            raise ValueError("--stages: a network grows by whole layers, from 1 on")
+            raise ValueError("--stages: a network grows by whole layers, from 1 up")
         super().__init__(plan, layers)
         self.kind, self.only_new, self.depths = kind, only_new, [int(stage.length) for stage in plan]
         for n, m in zip(self.depths, self.depths[1:]):
-            self.sources(n, m)  # a growth that is not possible is refused now
+            self.sources(n, m)  # raises now, not in mid-run
 
     def depth(self, step):
         return self.depths[self.stage(step)]
 
-    def since_growth(self, step):
+    def steps_since_growth(self, step):
         stage = self.stage(step)
         grown = stage > 0 and self.depths[stage] > self.depths[stage - 1]
         return step - self.plan[stage].start + 1 if grown else math.inf
@@ -102,11 +111,11 @@ class Stacking(Staged):
         depth, stage = self.depth(step), self.stage(step)
         before = self.depths[stage - 1] if stage else 0
         if self.only_new and 0 < before < depth:
-            return Subnetwork(tuple(range(depth)), frozen=before)
+            return PartlyFrozen(tuple(range(depth)), frozen=before)
         return None
 
     def expected_layers(self, step):
-        return (self.subnetwork(step) or whole(self.depth(step))).cost(1)
+        return (self.subnetwork(step) or all_layers(self.depth(step))).cost()
 
 
 def demo():
@@ -118,7 +127,7 @@ def demo():
         for i, (n, m) in enumerate(zip((lengths[0], *lengths), lengths)):
             roots = [roots[source] for source in method.sources(n, m)] if m != n else roots
             step = method.plan[i].start
-            frozen = (method.subnetwork(step) or Subnetwork(())).frozen
+            frozen = (method.subnetwork(step) or all_layers(m)).frozen
             note = f"   the first {frozen} only run" if frozen else ""
             print(f"  {name if i == 0 else '':12} {m:2} layers   {' '.join(f'{root:2}' for root in roots)}{note}")
         print()

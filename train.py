@@ -19,23 +19,25 @@ import sys
 import time
 from pathlib import Path
 
-import options
+from engine import options
 
 ARGS = options.parse(sys.argv[1:]) if __name__ == "__main__" else None  # before torch: a wrong flag answers at once
 
+import denoisers  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
-import denoisers  # noqa: E402
 import methods  # noqa: E402
-import mirror  # noqa: E402
 import model as transformer  # noqa: E402
-import parallel  # noqa: E402
-import report  # noqa: E402
 import stacking  # noqa: E402
-import width  # noqa: E402
+from engine import (
+    checkpoint,  # noqa: E402
+    mirror,  # noqa: E402
+    parallel,  # noqa: E402
+)
+from engine import log as report  # noqa: E402
+from methods import width  # noqa: E402
 from raptr import mean_layers  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -70,7 +72,9 @@ def choose_machine(args):
     if args.device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: torch finds no MPS device here")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = device == "cuda" or (device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
+    bf16 = device == "cuda" or (
+        device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if bf16 else "float32"
     return device, getattr(torch, dtype)
 
@@ -121,7 +125,9 @@ def compile_blocks(model):
 def state(model, optimizer):
     """All that a checkpoint holds, as {file: {name: tensor}}, in full; the moments by the names of their weights."""
     weights = {name: parallel.whole(p.detach()) for name, p in model.named_parameters()}
-    moments = {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+    moments = {
+        f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
+    }
     assert len(moments) == 3 * len(weights)
     return {"model": weights, "optimizer": {name: parallel.whole(value) for name, value in moments.items()}}
 
@@ -281,7 +287,10 @@ def main(args, dtype, ranks):
     tokens = tokens or data.open_corpus(args.data, args.vocab)
     corpus = denoisers.view(args, tokens)
     corpus.count("train", args.seq)
-    fixed = [torch.from_numpy(part).to(device) for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")]
+    fixed = [
+        torch.from_numpy(part).to(device)
+        for part in corpus.fixed(args.eval_sequences, args.seq, args.eval_on == "tuning")
+    ]
     method = methods.choose(args)
     examples = method.examples()
     config = transformer.Config.of(args, denoisers.model_vocab(args, tokens.vocab))
@@ -294,7 +303,9 @@ def main(args, dtype, ranks):
     newest = lock = None
     if first:
         lock, flags_changed = open_run(run, flags_now)
-        (run / "tokenizer.model").write_bytes((tokens.folder / "tokenizer.model").read_bytes())  # for sample.py and others
+        (run / "tokenizer.model").write_bytes(
+            (tokens.folder / "tokenizer.model").read_bytes()
+        )  # for sample.py and others
         newest = checkpoint.load_newest(run)
     step = int(ranks.gather(newest[1]["step"] if newest else 0)[0][0])
     if step and not first:
@@ -430,7 +441,9 @@ def main(args, dtype, ranks):
         took = time.perf_counter() - began
         cost = len(kept) if subnetwork is None else subnetwork.cost(args.batch)
         flops, seconds = flops + round(price(head_positions(args, batch), cost)), seconds + took
-        part = {"layers": kept, "width": subnetwork.width.share} if subnetwork and subnetwork.width else {"layers": kept}
+        part = (
+            {"layers": kept, "width": subnetwork.width.share} if subnetwork and subnetwork.width else {"layers": kept}
+        )
         record("step", step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], stage=method.stage(step),
                **part, tokens=step * args.batch * args.seq, flops=flops, seconds=took, bytes_reduced=sent)  # fmt: skip
         speed = args.batch * args.seq / took
@@ -441,7 +454,9 @@ def main(args, dtype, ranks):
         stage_ends = last or method.stage(step + 1) != method.stage(step)
         if stage_ends or (args.eval_every and step % args.eval_every == 0):
             full = evaluate(model, fixed, [None], args.micro_batch, autocast, ranks)
-            shorter = {k: evaluate(model, fixed, paths, args.micro_batch, autocast, ranks) for k, paths in examples.items()}
+            shorter = {
+                k: evaluate(model, fixed, paths, args.micro_batch, autocast, ranks) for k, paths in examples.items()
+            }
             record("eval", step=step, loss=full, flops=flops, subnetworks=shorter)
             shown = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
             say(f"step {step:>6}  held-out loss {full:.3f}{shown}")
@@ -460,7 +475,7 @@ def start(args):
     code, reason, ranks = 0, "", None
     try:
         if args.dry_run:
-            import dry_run
+            from engine import dry_run
 
             return dry_run.show(args)
         device, dtype = choose_machine(args)

@@ -11,9 +11,9 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
-import options  # noqa: E402
-import prepare  # noqa: E402
 import train  # noqa: E402
+from engine import options  # noqa: E402
+from text import prepare  # noqa: E402
 
 
 def sentences(count, seed=0):
@@ -47,7 +47,17 @@ def corpus(tmp_path_factory, text):
 def tiny(corpus, tmp_path):
     """Flags of a run that takes a second."""
     flags = "--layers 4 --width 64 --heads 4 --seq 32 --batch 8 --steps 12 --stages 2-3-4 --eval_sequences 16 --eval_every 0"
-    return [*flags.split(), "--save_every", "0", "--threads", "1", "--data", str(corpus), "--out", str(tmp_path / "run")]
+    return [
+        *flags.split(),
+        "--save_every",
+        "0",
+        "--threads",
+        "1",
+        "--data",
+        str(corpus),
+        "--out",
+        str(tmp_path / "run"),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +66,7 @@ def runs(corpus, tmp_path_factory):
     made = {}
     for arch in ("bert", "ul2"):
         out = tmp_path_factory.mktemp(arch) / "run"
-        flags = (
-            "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --eval_every 0 --lr 4e-3"
-        )
+        flags = "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --eval_every 0 --lr 4e-3"
         flags += f" --init_std 0.125 --dropout 0 --save_every 0 --eval_sequences 32 --threads 1 --arch {arch} --positions rotary"
         assert train.start(options.parse([*flags.split(), "--data", str(corpus), "--out", str(out)])) == 0
         made[arch] = out

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import torch
 
-import options
 import train
 from conftest import ROOT
+from engine import options
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["bench", "compare", "eval_qa", "eval_superglue", "polynomials", "stability"])
@@ -64,7 +64,8 @@ class Run:
         flags = [str(flag) for flag in flags]
         self.log, self.files = f"{run}/log.jsonl", [f"{run}.{port}.{rank}.err" for rank in range(world)]
         self.processes = [
-            SERVER.Process(target=one, args=(rank, world, port, flags, fault, self.files[rank])) for rank in range(world)
+            SERVER.Process(target=one, args=(rank, world, port, flags, fault, self.files[rank]))
+            for rank in range(world)
         ]
         for process, file in zip(self.processes, self.files):
             open(file, "w").close()  # to be read even if the process is killed at once

@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bench_finetune
-import hf
-import superglue
+from engine.runs import load_run
 from eval_superglue import Classifier
-from runs import load_run
+from evals import superglue
 from test_eval_superglue import learnable
 from test_hf import run
+from tools import bench_finetune, hf
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

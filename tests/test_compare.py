@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import compare
-import options
-import prepare
 import train
+from engine import options
 from processes import script
+from studies import compare
+from text import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,11 @@ def base(*more):
 
 def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
     events = [
-        {"event": "run", "relative_flops_layers": 1.0 if arm.startswith("full") else 4 / 3, "flags": {"layers": layers}},
+        {
+            "event": "run",
+            "relative_flops_layers": 1.0 if arm.startswith("full") else 4 / 3,
+            "flags": {"layers": layers},
+        },
         {"event": "done", "step": steps, "loss": loss, "flops": flops},
     ]
     return {"arm": arm, "seed": seed, "seconds": seconds, "events": events}
@@ -56,7 +60,11 @@ def test_published_schedules_come_out_of_their_budgets():
 
 
 def test_full_costs_are_kept_where_they_should_be():
-    assert compare.schedule("shallow_flops", base("--steps", "900"), 1.333) == ["--method=full", "--layers=9", "--steps=1200"]
+    assert compare.schedule("shallow_flops", base("--steps", "900"), 1.333) == [
+        "--method=full",
+        "--layers=9",
+        "--steps=1200",
+    ]
     assert compare.schedule("full_flops", base("--steps", "900"), 1.5) == ["--method=full", "--steps=600"]
 
 
@@ -79,7 +87,9 @@ def test_intervals_by_a_table_of_students_t():
 
 
 def test_differences_are_paired_by_seed():
-    runs = [run_of("full", s, 3 + s, seconds=12.0) for s in (0, 1, 2)] + [run_of("raptr", s, 3.5 + s) for s in (2, 0, 7)]
+    runs = [run_of("full", s, 3 + s, seconds=12.0) for s in (0, 1, 2)] + [
+        run_of("raptr", s, 3.5 + s) for s in (2, 0, 7)
+    ]
     row = next(r for r in compare.rows(runs, {"full": [], "raptr": []}) if r["arm"] == "raptr")
     assert row["minus_full"] == (0.5, 0.0) and row["minus_full_flops"] is None  # seed 7 has no partner
     assert row["speed_up"] == pytest.approx(1.2) and row["n"] == 3
@@ -87,7 +97,9 @@ def test_differences_are_paired_by_seed():
 
 def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 12 --threads 1 --eval_sequences 16 --eval_every 0"
+    flags = (
+        "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 12 --threads 1 --eval_sequences 16 --eval_every 0"
+    )
     command = ["--methods", "full,full_flops,raptr,stacking,shallow", "--seeds", "2", "--name", "t", "--jobs", "2"]
     command += [*flags.split(), "--data", str(corpus)]
     compare.main(command)
@@ -106,7 +118,9 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
     logs = {f: f.stat().st_mtime_ns for f in tmp_path.glob("out/compare/t/*/log.jsonl")}
     lost = tmp_path / "out/compare/t/raptr-1"
     kept = (lost / "log.jsonl").read_text()
-    (lost / "log.jsonl").write_text("\n".join(kept.splitlines()[:-1]) + "\n")  # as if it had been killed at the very end
+    (lost / "log.jsonl").write_text(
+        "\n".join(kept.splitlines()[:-1]) + "\n"
+    )  # as if it had been killed at the very end
     compare.main(command)
     assert {f.parent.name for f, t in logs.items() if f.stat().st_mtime_ns != t} == {"raptr-1"}
     same_losses = [line for line in first.splitlines() if line.startswith("| raptr")]
@@ -116,7 +130,9 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
 def test_all_arms_of_a_seed_share_their_start(tmp_path, corpus, monkeypatch):
     """With a learning rate of nearly zero every arm of one depth must end at the same held-out loss."""
     monkeypatch.chdir(tmp_path)
-    flags = "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 16 --lr_schedule wsd"
+    flags = (
+        "--layers 4 --width 32 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 16 --lr_schedule wsd"
+    )
     compare.main(["--methods", "full,raptr,layerdrop", "--seeds", "1", "--name", "s", "--weight_decay", "0"]
                  + [*flags.split(), "--data", str(corpus), "--lr", "1e-12"])  # fmt: skip
     rows = json.loads((tmp_path / "results/s/table.json").read_text())["rows"]
@@ -131,7 +147,9 @@ def test_a_fusion_pays_for_its_parents(tmp_path, corpus, monkeypatch):
     full, fusion = rows["full"], rows["fusion"]
     logs = [train.report.read_log(tmp_path / "out/compare/f" / f"fusion-0{of}") for of in ("", "-parent1", "-parent2")]
     steps = [log[-1]["step"] for log in logs]
-    layer = {width: 24 * width**2 + 4 * 32 * width for width in (16, 32)}  # of a token: products, attention over 32 tokens
+    layer = {
+        width: 24 * width**2 + 4 * 32 * width for width in (16, 32)
+    }  # of a token: products, attention over 32 tokens
     spent = steps[0] * layer[32] + (steps[1] + steps[2]) * layer[16]
     assert 40 * layer[32] / spent == pytest.approx(fusion["relative_flops_layers"], rel=1e-6)
     assert fusion["relative_flops_layers"] == pytest.approx(4 / 3, rel=0.03) and full["relative_flops_layers"] == 1
@@ -188,7 +206,9 @@ def test_bad_flags(flags, word):
 def test_a_fusion_whose_parents_diverge_loses(tmp_path, corpus, monkeypatch):
     """While learning rates are tried: it counts as infinite, and the others go on."""
     monkeypatch.chdir(tmp_path)
-    flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32"
+    flags = (
+        "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32"
+    )
     job = [*flags.split(), f"--data={corpus}", "--method=full", compare.PARENTS, "--lr=1e30", "--clip=0", "--warmup=0"]
     text = train.data.Corpus(corpus).fingerprint
     compare.run_all([(tmp_path / "out" / "fusion-0", job)], text, [], 1, may_fail=True)
@@ -200,7 +220,9 @@ def test_a_learning_rate_at_which_training_diverges_is_not_chosen(tmp_path, corp
     flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32 --clip 0"
     compare.main(["--methods", "full", "--seeds", "1", "--name", "t", "--lr", "1e30,1e-3", "--warmup", "0"]
                  + [*flags.split(), "--data", str(corpus)])  # fmt: skip
-    table = json.loads((tmp_path / "results/t/table.json").read_text(), parse_constant=pytest.fail)  # of Infinity, not JSON
+    table = json.loads(
+        (tmp_path / "results/t/table.json").read_text(), parse_constant=pytest.fail
+    )  # of Infinity, not JSON
     assert table["tuning"]["full"]["1e+30"] == "did not end" and table["tuning"]["full"]["0.001"] > 0
     assert table["rows"][0]["schedule"].endswith("lr 0.001")
 

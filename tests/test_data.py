@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import data
-import prepare
 from conftest import ROOT, sentences
 from data import NO_TARGET, Corpus
-from prepare import CLS, MASK, SEP, SPECIAL
 from processes import script
+from text import prepare
+from text.prepare import CLS, MASK, SEP, SPECIAL
 
 
 def run(*arguments):
@@ -47,7 +47,9 @@ def test_txt_jsonl_and_gz_hold_the_same_documents(tmp_path, text):
     documents = text[:300] + strange
     (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": d, "id": 1}) + "\n" for d in documents))
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\r\n\r\n\r\n".join(documents).replace("\n", "\r\n").encode("utf-8-sig")))
+    (tmp_path / "c.txt.gz").write_bytes(
+        gzip.compress("\r\n\r\n\r\n".join(documents).replace("\n", "\r\n").encode("utf-8-sig"))
+    )
     tokenizer, held = None, ["--val", tmp_path / "b.jsonl"]
     for name in ("a.txt", "b.jsonl", "c.txt.gz"):
         out = tmp_path / f"out {name}"
@@ -101,7 +103,9 @@ def test_what_is_not_utf8_is_replaced_and_counted(tmp_path, text):
 
 
 def test_half_a_character_is_replaced_too(tmp_path, text):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in [*text[:300], "half \ud800 here"]))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": d}) + "\n" for d in [*text[:300], "half \ud800 here"])
+    )
     assert run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab", 512).returncode == 0
     assert Corpus(tmp_path / "out").meta["replaced_characters"] == 1
 
@@ -169,7 +173,9 @@ def test_many_files_are_encoded_by_many_processes(tmp_path, text, monkeypatch):
     assert len(one.shards["train"]) == 1 and len(many.shards["train"]) == 5
     for split in ("train", "val"):
         np.testing.assert_array_equal(np.concatenate(one.shards[split]), np.concatenate(many.shards[split]))
-        assert {k: v for k, v in one.meta[split].items() if k in ("tokens", "documents")}.items() <= many.meta[split].items()
+        assert {k: v for k, v in one.meta[split].items() if k in ("tokens", "documents")}.items() <= many.meta[
+            split
+        ].items()
     assert (one.train_counts == many.train_counts).all() and not list(tmp_path.glob(".*"))
 
 
@@ -357,7 +363,9 @@ def test_evaluation_is_fixed_and_held_out(corpus):
 
 def test_tuning_and_reporting_share_no_text(corpus):
     corpus, asked = Corpus(corpus), []
-    corpus.windows = lambda split, seq, index: asked.append((split, set(index))) or Corpus.windows(corpus, split, seq, index)
+    corpus.windows = lambda split, seq, index: (
+        asked.append((split, set(index))) or Corpus.windows(corpus, split, seq, index)
+    )
     n = corpus.count("val", 32)
     corpus.fixed(n // 3, 32), corpus.fixed(n // 3, 32, tuning=True)
     (split, reported), (other_split, tuned) = asked

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-import deep_fusion
 import model as transformer
-import options
+from engine import options
+from engine.runs import load_run
+from methods import deep_fusion
 from processes import script
-from runs import load_run
 from test_model import batch
 from test_train import events, go
 
@@ -90,7 +90,10 @@ def test_fresh_off_diagonals_leave_the_parents_in_place():
 def test_moments_stand_where_their_weights_stand():
     one, other = parents(UL2)
     config = deep_fusion.fused_config(one.config, other.config)
-    state = [{f"{kind}.{name}": p for name, p in named(m).items() for kind in ("exp_avg", "exp_avg_sq")} for m in (one, other)]
+    state = [
+        {f"{kind}.{name}": p for name, p in named(m).items() for kind in ("exp_avg", "exp_avg_sq")}
+        for m in (one, other)
+    ]
     for own, steps in zip(state, (3.0, 5.0)):
         own["step.tokens.weight"] = torch.tensor(steps)
     moments, weights = deep_fusion.join_moments(*state, config), deep_fusion.fuse(named(one), named(other), config)
@@ -112,7 +115,10 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     done = shell(a, b, "--out", tmp_path / "c", "--moments", "--measure")
     told = {line[4:44].strip(): line[44:].split() for line in done.stdout.splitlines() if line.startswith("    ")}
     assert float(told["first parent, a"][0]) == pytest.approx(events(a, "done")[0]["loss"], abs=0.01)
-    assert told["fused, norms over each (--split_norms)"][1] == "0.0000" and float(told["fused, norms over both"][1]) > 0.001
+    assert (
+        told["fused, norms over each (--split_norms)"][1] == "0.0000"
+        and float(told["fused, norms over both"][1]) > 0.001
+    )
     assert done.returncode == 0 and "width 128, 8 heads, 512 hidden neurons" in done.stdout, done.stderr
     assert load_run(tmp_path / "c")[0].config.width == 128
     preset = [f"--config={tmp_path}/c/preset.toml", "--steps", "6", "--eval_every", "1", "--out"]
@@ -122,7 +128,9 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     assert events(run, "eval")[-1]["loss"] < began
     (b / "config.json").write_text((b / "config.json").read_text().replace(load_run(b)[2].data_fingerprint, "another"))
     other = shell(b, a, "--out", tmp_path / "f", "--measure")
-    assert other.returncode == 2 and "is not the text it was trained on" in other.stderr and not (tmp_path / "f").exists()
+    assert (
+        other.returncode == 2 and "is not the text it was trained on" in other.stderr and not (tmp_path / "f").exists()
+    )
     itself = shell(a, a, "--out", tmp_path / "f")
     assert itself.returncode == 2 and "equal halves stay equal" in itself.stderr and not (tmp_path / "f").exists()
     assert shell(a, a, "--out", tmp_path / "f", "--noise", "0.01").returncode == 0
@@ -139,11 +147,13 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     ],
 )
 def test_parents_that_do_not_fit(tiny, more, said, text, tmp_path, monkeypatch, capsys):
-    import prepare
+    from text import prepare
 
     if "--vocab=400" in more:
         other = tmp_path / "other"
-        prepare.prepare(lambda: ((document, True) for document in text[:700]), other, vocab=512, source="fewer sentences")
+        prepare.prepare(
+            lambda: ((document, True) for document in text[:700]), other, vocab=512, source="fewer sentences"
+        )
         more = [flag.format(other=other) for flag in more]
     flags = [*tiny[:-1]]
     runs = [go([*flags, str(tmp_path / name), "--steps", "3", *own]) for name, own in (("a", []), ("b", more))]

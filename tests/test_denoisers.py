@@ -1,11 +1,11 @@
+import denoisers
 import numpy as np
 import pytest
-
-import denoisers
-import options
-from data import NO_TARGET, Corpus, rng
 from denoisers import DENOISERS, MODES, UL2, denoise, extra_tokens, span_mask
-from prepare import SEP
+
+from data import NO_TARGET, Corpus, rng
+from engine import options
+from text.prepare import SEP
 
 VOCAB, SEQ = 1000, 128
 FIRST = VOCAB + len(MODES)  # the first sentinel
@@ -46,8 +46,12 @@ def test_inputs_and_targets_rebuild_the_text(name, seq):
     for row in range(40):
         assert tokens[row, 0] == VOCAB + DENOISERS[name].mode
         assert inside(rebuilt(tokens[row], prefix[row], targets[row]), source[row])
-        assert (targets[row, : prefix[row] - 1] == NO_TARGET).all() and (targets[row, prefix[row] - 1 :] != NO_TARGET).all()
-        assert (tokens[row, prefix[row] :] == targets[row, prefix[row] - 1 : -1]).all()  # what is written is seen afterwards
+        assert (targets[row, : prefix[row] - 1] == NO_TARGET).all() and (
+            targets[row, prefix[row] - 1 :] != NO_TARGET
+        ).all()
+        assert (
+            tokens[row, prefix[row] :] == targets[row, prefix[row] - 1 : -1]
+        ).all()  # what is written is seen afterwards
         sentinels = tokens[row, : prefix[row]][tokens[row, : prefix[row]] >= FIRST]
         assert list(sentinels) == list(range(FIRST, FIRST + len(sentinels)))
     assert max(tokens.max(), targets.max()) < VOCAB + extra_tokens(seq)
@@ -71,7 +75,8 @@ def test_corruption_rate_and_mean_span(name, seq):
     assert mask.sum() / begins.sum() == pytest.approx(denoiser.span, rel=0.02)
     middle = mask[:, : n.min() * 9 // 10].mean(0)
     ends = [
-        np.take_along_axis(mask, place, 1).mean() for place in (np.tile(np.arange(4), (rows, 1)), n[:, None] - 1 - np.arange(4))
+        np.take_along_axis(mask, place, 1).mean()
+        for place in (np.tile(np.arange(4), (rows, 1)), n[:, None] - 1 - np.arange(4))
     ]
     shares = [*(part.mean() for part in np.array_split(middle, 8)), *ends]  # from the row's own ends, too
     assert shares == pytest.approx([denoiser.rate] * 10, rel=0.07)
@@ -92,7 +97,9 @@ def counts_of_t5(t5, denoiser, n, seed):
 
     words, vocabulary = tf.range(5, 5 + n), seqio.PassThroughVocabulary(10 * n)  # it counts sentinels down from its end
     seeds = [(seed, 1), (seed, 2)]
-    mask = t5.random_spans_noise_mask(n, denoiser.rate, seeds=seeds, mean_noise_span_length=float(denoiser.span or n / 4))
+    mask = t5.random_spans_noise_mask(
+        n, denoiser.rate, seeds=seeds, mean_noise_span_length=float(denoiser.span or n / 4)
+    )
     read = t5.noise_span_to_unique_sentinel(words, mask, vocabulary, seeds).numpy()
     written = t5.nonnoise_span_to_unique_sentinel(words, mask, vocabulary, seeds).numpy()
     return counts(read, written, 5 + n)
@@ -111,13 +118,17 @@ def test_counts_are_those_of_t5(seq):
             ours = counts(tokens[row, 1 : prefix[row]], targets[row, prefix[row] - 1 : -1], VOCAB)
             both.append((ours, counts_of_t5(t5, denoiser, ours[0], row)))
         ours, theirs = np.array(both).transpose(1, 0, 2)
-        print(f"| {name}, {seq} | " + " | ".join(f"{a:.1f}, {b:.1f}" for a, b in zip(ours.mean(0), theirs.mean(0))) + " |")
+        print(
+            f"| {name}, {seq} | " + " | ".join(f"{a:.1f}, {b:.1f}" for a, b in zip(ours.mean(0), theirs.mean(0))) + " |"
+        )
         assert (ours[:, 0] == theirs[:, 0]).all()
         if denoiser.span:  # the prefix language model's tail is of random length here
             assert abs(ours[:, 1] - theirs[:, 1]).max() <= 2 and abs(ours[:, 2] - theirs[:, 2]).max() <= 2
             assert abs(ours[:, 3:] - theirs[:, 3:]).max() <= 4
         else:
-            assert ours[:, 1].mean() == pytest.approx(theirs[:, 1].mean(), rel=0.05) and (ours[:, 2] == theirs[:, 2]).all()
+            assert (
+                ours[:, 1].mean() == pytest.approx(theirs[:, 1].mean(), rel=0.05) and (ours[:, 2] == theirs[:, 2]).all()
+            )
 
 
 def test_a_prefix_language_model_writes_a_quarter():

@@ -5,9 +5,8 @@ import sys
 import pytest
 import torch
 
-import dry_run
-import options
 from conftest import ROOT
+from engine import dry_run, options
 from test_train import command
 
 MEASURE = """
@@ -38,12 +37,18 @@ def test_costs_by_hand():
     flags = ["--config", "configs/bert_base.toml", "--dry_run", "--gpus", "8"]
     c = dry_run.costs(options.parse(flags))
     assert c["parameters"] == pytest.approx(110e6, rel=0.01)
-    assert (c["weights"], c["gradients"], c["moments"]) == (4 * c["parameters"], 4 * c["parameters"], 8 * c["parameters"])
+    assert (c["weights"], c["gradients"], c["moments"]) == (
+        4 * c["parameters"],
+        4 * c["parameters"],
+        8 * c["parameters"],
+    )
     assert c["tokens"] == 1_000_000 * 256 * 512 and c["relative_flops_layers"] == pytest.approx(4 / 3)
     assert c["hours"] * 3600 * 8 * 989e12 * 0.4 == pytest.approx(c["flops"])
     assert c["corpus"] == 2 * c["tokens"] and c["checkpoints"] == 3
     ul2 = dry_run.costs(options.parse(["--config", "configs/ul2_1p6b.toml", "--dry_run", "--gpus", "8"]))
-    assert ul2["corpus"] == 4 * ul2["tokens"] and ul2["checkpoints"] == 10  # 256,000 words; every 50,000th of 400,000 stays
+    assert (
+        ul2["corpus"] == 4 * ul2["tokens"] and ul2["checkpoints"] == 10
+    )  # 256,000 words; every 50,000th of 400,000 stays
     sharded = dry_run.costs(options.parse([*flags, "--fsdp"]))
     assert sharded["moments"] * 8 == c["moments"] and sharded["memory"] < c["memory"]
     smaller = dry_run.costs(options.parse([*flags, "--micro_batch", "8"]))
@@ -52,6 +57,8 @@ def test_costs_by_hand():
 
 def test_nothing_is_created_and_no_gpu_is_needed(tmp_path):
     out = tmp_path / "run"
-    shown = command(["--config", "configs/bert_large.toml", "--dry_run", "--gpus", "8", "--device", "cuda", "--out", str(out)])
+    shown = command(
+        ["--config", "configs/bert_large.toml", "--dry_run", "--gpus", "8", "--device", "cuda", "--out", str(out)]
+    )
     assert shown.returncode == 0 and "335" in shown.stdout and not out.exists()
     assert not torch.cuda.is_available() or "GPU" in shown.stdout

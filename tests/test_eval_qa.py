@@ -3,19 +3,18 @@ import random
 import sys
 from pathlib import Path
 
+import denoisers
 import pytest
 import torch
 
-import checkpoint
-import denoisers
-import eval_qa
 import model as transformer
-import options
-import prepare
-import qa
-import sample
+from engine import checkpoint, options
+from evals import qa as eval_qa
+from evals import qa_files as qa
+from evals.spans import Spans, places, windows
 from processes import script
-from spans import Spans, places, windows
+from text import prepare
+from tools import sample
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,9 @@ def test_what_does_not_fit_goes_from_the_front(runs):
     whole, shown, cut = eval_qa.prompt(tokenizer, asked, others, 1000)
     assert (shown, cut) == (3, False)
     assert tokenizer.decode(whole).endswith("a text of some words\nQuestion: what is it\nAnswer:")
-    assert "Answer: answer 1\n\n" in tokenizer.decode(whole) and "who who \nAnswer: unanswerable" in tokenizer.decode(whole)
+    assert "Answer: answer 1\n\n" in tokenizer.decode(whole) and "who who \nAnswer: unanswerable" in tokenizer.decode(
+        whole
+    )
     fewer, shown, cut = eval_qa.prompt(tokenizer, asked, others, len(whole) - 1)
     assert (shown, cut) == (2, False) and whole[-len(fewer) :] == fewer and "answer 1" not in tokenizer.decode(fewer)
     least, shown, cut = eval_qa.prompt(tokenizer, asked, others, 20)
@@ -139,7 +140,9 @@ def test_a_stopped_run_goes_on_and_its_file_can_be_scored(runs, files, tmp_path,
     capsys.readouterr()
     assert main(monkeypatch, *flags, "--score", tmp_path / "out" / "predictions.json") == 0
     score = json.loads(capsys.readouterr().out)["nq_open"]
-    assert score["of"] == 40 and score["em"] == json.loads((tmp_path / "out" / "results.json").read_text())["median"]["em"]
+    assert (
+        score["of"] == 40 and score["em"] == json.loads((tmp_path / "out" / "results.json").read_text())["median"]["em"]
+    )
     assert main(monkeypatch, *asking, "--tokens", 5) == 2 and "other settings" in capsys.readouterr().err
 
 
@@ -167,9 +170,11 @@ def test_tokens_know_their_places(runs):
 
 def test_wordpiece_knows_its_places(tmp_path):
     pytest.importorskip("tokenizers")
-    import hf
+    from tools import hf
 
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cafe", "##s", "open", "."]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cafe", "##s", "open", "."])
+    )
     text = "Cafés  OPEN ☃."
     ids, found = places(hf.WordPiece(tmp_path / "vocab.txt"), text)
     assert [text[b:e] for b, e in found] == ["Café", "s", "OPEN", "☃", "."] and len(ids) == 5

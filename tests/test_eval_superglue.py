@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
 import eval_superglue
-import sample
-import superglue
-from finetune import Trainer, set_dropout
+from engine import checkpoint
+from evals import superglue
+from evals.finetune import Trainer, set_dropout
 from model import BERT, Config
 from test_superglue import LINES, data, run  # noqa: F401
+from tools import sample
 
 
 def answers(folder, task, **more):
@@ -41,7 +41,10 @@ def test_prompts_are_the_published_ones():
 
 def test_inputs_are_t5s():
     shown = {task: eval_superglue.text_to_text(task, examples(task)[0].fields) for task in superglue.TASKS}
-    assert shown["RTE"] == ("rte hypothesis: h premise: p", {"entailment": "entailment", "not_entailment": "not_entailment"})
+    assert shown["RTE"] == (
+        "rte hypothesis: h premise: p",
+        {"entailment": "entailment", "not_entailment": "not_entailment"},
+    )
     assert shown["COPA"] == ("copa choice1: A. choice2: B. premise: p. question: cause", {"choice1": 0, "choice2": 1})
     assert shown["BoolQ"][0] == "boolq passage: It is. question: is it"
     assert shown["ReCoRD"][0] == "record query: @placeholder was met entities: Ann, Bob Ray passage: Ann met Bob Ray."
@@ -129,7 +132,22 @@ def test_fine_tuning_learns_and_continues(runs, arch, lr, tmp_path):
     folder, out = learnable(tmp_path / "data"), tmp_path / "out"
     (folder / "AX-b").mkdir()
     (folder / "AX-b" / "AX-b.jsonl").write_text("\n".join(map(json.dumps, LINES["AX-b"])))
-    flags = ["--finetune", runs[arch], "--data", folder, "--epochs", 4, "--lr", lr, "--out", out, "--dropout", 0, "--seeds", 2]
+    flags = [
+        "--finetune",
+        runs[arch],
+        "--data",
+        folder,
+        "--epochs",
+        4,
+        "--lr",
+        lr,
+        "--out",
+        out,
+        "--dropout",
+        0,
+        "--seeds",
+        2,
+    ]
     tasks = "RTE,COPA" if arch == "bert" else "BoolQ,RTE"  # to compare two texts takes a better UL2 than this one
     shown = run("--tasks", tasks, *flags)
     assert shown.returncode == 0, shown.stderr
@@ -170,7 +188,12 @@ def test_examples_before_a_question_depend_on_seed_task_and_number(runs):
 
 @pytest.mark.parametrize(
     "flags, word",
-    [(["--tasks", "RTF"], "RTF"), (["--lr", "0"], "--lr"), (["--seeds", "x"], "--seeds"), (["--dropout", "1"], "--dropout")],
+    [
+        (["--tasks", "RTF"], "RTF"),
+        (["--lr", "0"], "--lr"),
+        (["--seeds", "x"], "--seeds"),
+        (["--dropout", "1"], "--dropout"),
+    ],
 )
 def test_bad_flags(runs, data, flags, word):  # noqa: F811
     shown = run("--finetune", runs["bert"], "--data", data, *flags)
@@ -211,7 +234,10 @@ def test_an_answer_longer_than_the_model_keeps_its_end(runs):
 
 def test_results_of_another_run_or_text_are_not_taken_for_this_ones(runs, tmp_path):
     """Another folder, other examples, other weights in the same folder: each is refused."""
-    folder, flags = learnable(tmp_path / "data"), ["--tasks", "RTE", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "out"]
+    folder, flags = (
+        learnable(tmp_path / "data"),
+        ["--tasks", "RTE", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "out"],
+    )
     own = shutil.copytree(runs["bert"], tmp_path / "own")
     assert run("--finetune", own, "--data", folder, *flags).returncode == 0
     shown = run("--finetune", runs["bert"], "--data", folder, *flags)

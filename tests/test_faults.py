@@ -18,10 +18,9 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import options
 import train
 from conftest import ROOT
+from engine import checkpoint, options
 from processes import Run
 from raptr import Subnetwork
 from test_train import command, events, go, same, trajectory, weights
@@ -37,7 +36,18 @@ METHODS = {
 def flags(tiny, tmp_path):
     """A tiny run that can be split: four micro-batches, dropout on, a checkpoint every third step."""
     at = tiny.index("--save_every")
-    return [*tiny[:at], "--save_every", "3", *tiny[at + 2 :], "--micro_batch", "2", "--dropout", "0.1", "--dtype", "float32"]
+    return [
+        *tiny[:at],
+        "--save_every",
+        "3",
+        *tiny[at + 2 :],
+        "--micro_batch",
+        "2",
+        "--dropout",
+        "0.1",
+        "--dtype",
+        "float32",
+    ]
 
 
 def at(flags, folder):
@@ -116,7 +126,9 @@ class Disk:
 def test_a_crash_at_any_file_operation_of_a_save(tmp_path):
     """Afterwards the newest checkpoint that loads is the old one or the new one, whole."""
     generator = torch.Generator().manual_seed(0)
-    old, new = ({"model": {"a": torch.randn(50, generator=generator)}, "optimizer": {"b": torch.randn(9)}} for _ in range(2))
+    old, new = (
+        {"model": {"a": torch.randn(50, generator=generator)}, "optimizer": {"b": torch.randn(9)}} for _ in range(2)
+    )
     seen, limit, crashed = set(), 0, True
     while crashed:
         limit += 1
@@ -220,7 +232,9 @@ def limited(rank):
 
 def test_a_disk_that_stays_full(flags, tmp_path):
     codes, errors = Run(flags, fault=limited).end()
-    assert codes == [1] and errors[0].count("warning: no checkpoint") == 3 and "could not be saved" in errors[0], errors[0]
+    assert codes == [1] and errors[0].count("warning: no checkpoint") == 3 and "could not be saved" in errors[0], (
+        errors[0]
+    )
     assert len(events(tmp_path / "run", "step")) == 12 and not list((tmp_path / "run").glob("*step*"))
     assert Run(flags).end()[0] == [0]  # there is room again
 
@@ -234,7 +248,9 @@ def test_stopped_while_the_disk_is_full(flags, world, rank):
 
 
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    )
     with pytest.raises(OSError, match="free"):
         checkpoint.save(tmp_path, 1, {"model": {"a": torch.zeros(300_000)}}, {"step": 1})
     assert not list(tmp_path.iterdir())
@@ -335,7 +351,9 @@ def astray(rank):
 def test_ranks_on_different_paths(flags, more, tmp_path):
     codes, errors = Run([*flags, *more], world=2, fault=astray).end()
     assert codes == [5, 5] and sum("step 6" in e for e in errors) == 1, errors
-    assert events(tmp_path / "run")[-1]["step"] == 5 and checkpoint.folders(tmp_path / "run")[-1].name == "step_00000003"
+    assert (
+        events(tmp_path / "run")[-1]["step"] == 5 and checkpoint.folders(tmp_path / "run")[-1].name == "step_00000003"
+    )
 
 
 def poisoned(rank):
@@ -468,7 +486,9 @@ def test_trained_killed_damaged_resized_in_random_order(flags, tmp_path):
 
 def test_looking_and_saving_do_not_change_a_bit(flags, tmp_path):
     ref = go(flags)
-    for i, more in enumerate((["--eval_every", "3"], ["--eval_every", "7", "--save_every", "5"], ["--save_every", "0"])):
+    for i, more in enumerate(
+        (["--eval_every", "3"], ["--eval_every", "7", "--save_every", "5"], ["--save_every", "0"])
+    ):
         assert exact(go([*at(flags, tmp_path / f"copy{i}"), *more]), ref)
 
 
@@ -559,7 +579,17 @@ def test_a_pickle_under_any_of_our_names_stays_data(flags, corpus, tmp_path):
 
 
 def test_no_file_can_run_code():
-    words = ["pickle", "torch.load", "torch.save", "eval(", "exec(", "yaml.load", "allow_pickle", "shell=True", "os.system"]
+    words = [
+        "pickle",
+        "torch.load",
+        "torch.save",
+        "eval(",
+        "exec(",
+        "yaml.load",
+        "allow_pickle",
+        "shell=True",
+        "os.system",
+    ]
     for file in ROOT.glob("*.py"):
         code = file.read_text().replace(".eval()", "").replace("no pickle", "").replace("never pickle", "")
         assert not [word for word in words if word in code], file

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
+from engine import checkpoint
 from processes import Run, script
 from test_faults import at, close, exact
 from test_train import go

@@ -4,12 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import hf
-import sample
 from model import BERT, Config
 from processes import script
 from raptr import Subnetwork
 from test_train import go
+from tools import hf, sample
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -32,7 +31,9 @@ def test_our_model_in_their_hands(tmp_path):
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs").eval()
     tokens = torch.randint(5, 101, (4, 24), generator=torch.Generator().manual_seed(0))
     every = torch.arange(24).expand(4, -1)
-    torch.testing.assert_close(model.logits(tokens, every)[..., :101], theirs(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.logits(tokens, every)[..., :101], theirs(input_ids=tokens).logits, rtol=1e-4, atol=1e-4
+    )
     again, tokenizer = hf.load(tmp_path / "theirs")
     assert tokenizer is None
     torch.testing.assert_close(again.logits(tokens, every), model.logits(tokens, every))
@@ -47,7 +48,9 @@ def test_their_model_in_our_hands(tmp_path):
     model, _ = hf.load(tmp_path / "theirs")
     tokens, types = torch.randint(5, 100, (3, 20)), (torch.arange(20) > 8).long().expand(3, -1)
     inside = torch.arange(20) < torch.tensor([[20], [13], [5]])
-    expected = theirs.bert(input_ids=tokens, token_type_ids=types, attention_mask=inside.long(), output_hidden_states=True)
+    expected = theirs.bert(
+        input_ids=tokens, token_type_ids=types, attention_mask=inside.long(), output_hidden_states=True
+    )
     got = model.encode(tokens, mask=inside[:, None, None], types=types)
     torch.testing.assert_close(got[inside], expected.last_hidden_state[inside], rtol=1e-4, atol=1e-5)
     first = model.encode(tokens, Subnetwork((0,)), inside[:, None, None], types=types)
@@ -58,7 +61,10 @@ def test_a_trained_run_is_exported(tiny, tmp_path):
     run_folder = go(tiny, "--norm", "post", "--positions", "learned")
     shown = run("hf.py", "export", run_folder, "--out", tmp_path / "theirs")
     assert shown.returncode == 0, shown.stderr
-    theirs, (model, _, _) = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs"), sample.load_run(run_folder)
+    theirs, (model, _, _) = (
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs"),
+        sample.load_run(run_folder),
+    )
     tokens = torch.randint(5, 500, (2, 32))
     ours = model.logits(tokens, torch.arange(32).expand(2, -1))[..., : model.config.vocab]
     torch.testing.assert_close(ours, theirs.eval()(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
@@ -136,7 +142,9 @@ def test_a_training_loop_with_it():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1 and all(torch.equal(a, b) for a, b in zip(before, model.model.layers[2].parameters()))
+    assert losses[-1] < losses[0] - 1 and all(
+        torch.equal(a, b) for a, b in zip(before, model.model.layers[2].parameters())
+    )
 
 
 def test_over_refuses_what_it_cannot_do():

@@ -6,18 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-import hub
-import prepare
 from conftest import ROOT
 from data import Corpus
-from prepare import prepare as write
+from text import hub, prepare
+from text.prepare import prepare as write
 
 
 def run(*arguments, first="0"):
     """data.py, after the statement `first`."""
-    code = (
-        f"import sys, runpy; {first}; sys.argv = {['data.py', *map(str, arguments)]}; runpy.run_path('data.py', None, '__main__')"
-    )
+    code = f"import sys, runpy; {first}; sys.argv = {['data.py', *map(str, arguments)]}; runpy.run_path('data.py', None, '__main__')"
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
 
@@ -38,7 +35,8 @@ def folder(tmp_path, text):
     for number in range(3):
         documents = text[number:-100:3]
         parquet.write_table(
-            Table.from_pydict({"url": ["u"] * len(documents), "text": documents}), tmp_path / f"in/train-{number}.parquet"
+            Table.from_pydict({"url": ["u"] * len(documents), "text": documents}),
+            tmp_path / f"in/train-{number}.parquet",
         )
     parquet.write_table(Table.from_pydict({"text": text[-100:]}), tmp_path / "in/test-0.parquet")
     return tmp_path / "in"

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-import layerdrop
 from conftest import ROOT
+from methods import layerdrop
 from model import BERT, Config
 from raptr import RaPTr, Stage, Subnetwork, mean_layers, stage_plan
 
@@ -14,7 +14,9 @@ T = 4000
 
 
 def kept_counts(method, steps):
-    return Counter(layer for s in steps for layer in (method.subnetwork(s) or Subnetwork(tuple(range(method.layers)))).layers)
+    return Counter(
+        layer for s in steps for layer in (method.subnetwork(s) or Subnetwork(tuple(range(method.layers)))).layers
+    )
 
 
 def test_plds_theta_bar_for_nine_of_twelve_layers():
@@ -113,5 +115,7 @@ def test_impossible_depths_are_refused():
 
 
 def test_demo():
-    shown = subprocess.run([sys.executable, "layerdrop.py"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "layerdrop.py"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     assert "9.00 layers a step" in shown

@@ -6,9 +6,7 @@ import time
 
 import pytest
 
-import checkpoint
-import mirror
-import options
+from engine import checkpoint, mirror, options
 from test_faults import at
 from test_train import events, go
 

@@ -35,7 +35,9 @@ def reference_stack(model, x):
     """The same blocks by PyTorch's own TransformerEncoderLayer, with our weights."""
     c = model.config
     for block in model.blocks:
-        theirs = nn.TransformerEncoderLayer(c.width, c.heads, c.mlp, 0.0, F.gelu, batch_first=True, norm_first=c.norm == "pre")
+        theirs = nn.TransformerEncoderLayer(
+            c.width, c.heads, c.mlp, 0.0, F.gelu, batch_first=True, norm_first=c.norm == "pre"
+        )
         pairs = [
             (theirs.self_attn.in_proj_weight, block.attention.qkv.weight),
             (theirs.self_attn.in_proj_bias, block.attention.qkv.bias),
@@ -103,13 +105,18 @@ def test_head_at_masked_positions_equals_head_everywhere():
     model = make()
     tokens, masked, targets = batch()
     everywhere = model.logits(tokens, torch.arange(24).expand(3, -1))
-    torch.testing.assert_close(model.logits(tokens, masked), everywhere.gather(1, masked[:, :, None].expand(-1, -1, 128)))
+    torch.testing.assert_close(
+        model.logits(tokens, masked), everywhere.gather(1, masked[:, :, None].expand(-1, -1, 128))
+    )
 
 
 def test_spare_slots_cost_nothing():
     model = make()
     tokens, masked, targets = batch()
-    more = torch.cat([masked, torch.zeros(3, 2, dtype=torch.long)], 1), torch.cat([targets, torch.full((3, 2), -100)], 1)
+    more = (
+        torch.cat([masked, torch.zeros(3, 2, dtype=torch.long)], 1),
+        torch.cat([targets, torch.full((3, 2), -100)], 1),
+    )
     torch.testing.assert_close(model((tokens, *more)), model((tokens, masked, targets)))
 
 
@@ -170,7 +177,13 @@ def test_compiled_blocks_share_one_graph_over_all_paths():
     for block in compiled.blocks:
         block.compile()
     seen = set()
-    for kept, scale in [((0, 3), None), ((1,), None), ((0, 1, 2, 3), None), ((0, 2), (0.5, 1.5)), ((1, 2, 3), (1.0, 2.0, 3.0))]:
+    for kept, scale in [
+        ((0, 3), None),
+        ((1,), None),
+        ((0, 1, 2, 3), None),
+        ((0, 2), (0.5, 1.5)),
+        ((1, 2, 3), (1.0, 2.0, 3.0)),
+    ]:
         subnetwork = Subnetwork(kept, scale)
         losses = [m(batch(), subnetwork) for m in (model, compiled)]
         losses[1].backward()

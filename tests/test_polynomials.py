@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import polynomials
-from polynomials import ARMS, Setting
 from processes import script
 from raptr import Subnetwork, whole
+from studies import polynomials
+from studies.polynomials import ARMS, Setting
 
 SMALL = Setting(inputs=6, degrees=4, monomials=3, layers=4, steps=40, batch=16, held_out=64)
 
@@ -58,7 +58,10 @@ def test_a_target_has_what_it_says():
 
 def test_draws_belong_to_their_names():
     draw = lambda *name: polynomials.signs(50, 16, *name)  # noqa: E731
-    assert torch.equal(draw(0, "batch", 7), draw(0, "batch", 7)) and set(draw(0, "batch", 7).unique().tolist()) == {-1, 1}
+    assert torch.equal(draw(0, "batch", 7), draw(0, "batch", 7)) and set(draw(0, "batch", 7).unique().tolist()) == {
+        -1,
+        1,
+    }
     others = [draw(0, "batch", 8), draw(1, "batch", 7), draw(0, "held out")]
     assert not any(torch.equal(draw(0, "batch", 7), other) for other in others)
 
@@ -121,7 +124,11 @@ def made_up(ends):
 
 
 def test_a_stall_is_told_from_a_delay():
-    stall, delay, both = made_up({"pld": (0.6, 0.6)}), made_up({"pld": (0.8, 0.6)}), made_up(dict.fromkeys(ARMS, (0.6, 0.6)))
+    stall, delay, both = (
+        made_up({"pld": (0.6, 0.6)}),
+        made_up({"pld": (0.8, 0.6)}),
+        made_up(dict.fromkeys(ARMS, (0.6, 0.6))),
+    )
     assert polynomials.stalled(stall, 8, "pld") and not polynomials.stalled(stall, 8, "pld_slow")
     assert not polynomials.stalled(delay, 8, "pld") and not polynomials.stalled(both, 8, "pld")
     text = " ".join(polynomials.verdict(stall, [8]))
@@ -135,7 +142,10 @@ def test_order_and_half():
     run["points"] = [[x, high, middle, low] for x, low, middle, high in run["points"]]
     assert not polynomials.low_first(run)
     run["points"] = [[0.5, 1, 1, 1], [1.0, 1, 0.25, 1]]
-    assert polynomials.half(run, "middle") == pytest.approx(0.5 + 0.5 * 2 / 3) and polynomials.half(run, "high") == math.inf
+    assert (
+        polynomials.half(run, "middle") == pytest.approx(0.5 + 0.5 * 2 / 3)
+        and polynomials.half(run, "high") == math.inf
+    )
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 
-import eval_qa
-import qa
+from evals import qa as eval_qa
+from evals import qa_files as qa
 
 QUESTIONS = [
     {"id": "1", "question": "who", "answers": [{"text": "The cat", "answer_start": 0}, {"text": "cat", "answer_start": 4}],

@@ -67,7 +67,9 @@ def test_each_free_layer_is_kept_equally_often(sampling):
 
 def test_pairs_of_layers_are_not_tied_together():
     method = bert((6, 12), steps=40_000)
-    together = Counter(pair for s in range(1, 20_001) for k in [method.subnetwork(s).layers] for pair in zip(k[1:-1], k[2:-1]))
+    together = Counter(
+        pair for s in range(1, 20_001) for k in [method.subnetwork(s).layers] for pair in zip(k[1:-1], k[2:-1])
+    )
     pairs = sum(together[layer, layer + 1] for layer in range(1, 10))
     assert abs(pairs / 9 / 20_000 - 4 / 10 * 3 / 9) < 0.005
 
@@ -121,7 +123,11 @@ def test_any_set_can_be_fixed():
 
 def test_examples_do_not_depend_on_the_seed():
     assert bert(seed=1).examples() == bert(seed=7).examples()
-    assert {k: {len(path.layers) for path in paths} for k, paths in bert().examples().items()} == {"6": {6}, "8": {8}, "10": {10}}
+    assert {k: {len(path.layers) for path in paths} for k, paths in bert().examples().items()} == {
+        "6": {6},
+        "8": {8},
+        "10": {10},
+    }
 
 
 @pytest.mark.parametrize(

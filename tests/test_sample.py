@@ -3,8 +3,8 @@ import collections
 import pytest
 import torch
 
-import sample
 from processes import script
+from tools import sample
 
 
 def ask(*args, text=""):
@@ -18,7 +18,9 @@ def test_a_mask_is_filled_with_what_fits(runs, text):
     for document in text[:60]:
         words = document.split()[:6]
         answer = tokenizer.encode(" " + words[3])
-        chances = sample.fill(model, tokenizer, " ".join([*words[:3], *words[4:]]).replace(words[2], words[2] + "[MASK]", 1))
+        chances = sample.fill(
+            model, tokenizer, " ".join([*words[:3], *words[4:]]).replace(words[2], words[2] + "[MASK]", 1)
+        )
         assert chances.shape == (1, tokenizer.vocab_size()) and chances[0].sum() == pytest.approx(1, abs=1e-4)
         hits += answer[0] in chances[0].topk(25).indices
     assert hits > 12

@@ -4,9 +4,9 @@ import statistics
 import pytest
 import torch
 
-import stability
 from processes import script
 from raptr import Subnetwork, whole
+from studies import stability
 from test_train import go
 
 
@@ -48,12 +48,16 @@ def test_a_trained_model(tiny, tmp_path):
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]["loss"]
     assert len(found["layers"]) == 4 and set(found["lengths"]) == {"1", "2", "3"} and abs(found["full"] - logged) < 0.3
     assert all(change > 0 and abs(loss - found["full"]) <= bound for loss, change, bound in found["layers"])
-    assert [stage[:3] for stage in found["stages"]] == [[20, 2, 3], [40, 3, 4]] and (tmp_path / "out" / "run.png").exists()
+    assert [stage[:3] for stage in found["stages"]] == [[20, 2, 3], [40, 3, 4]] and (
+        tmp_path / "out" / "run.png"
+    ).exists()
     assert all(0 < abs(jump) <= bound for *_, jump, bound in found["stages"])
 
 
 def test_jumps_of_the_logs(tmp_path):
     shown = run("--logs", "results/short", "--out", tmp_path)
-    assert shown.returncode == 0 and "| raptr | 6 to 8 layers |" in shown.stdout and "Verdict" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "| raptr | 6 to 8 layers |" in shown.stdout and "Verdict" in shown.stdout, (
+        shown.stderr
+    )
     shown = run("--logs", tmp_path / "nowhere")
     assert shown.returncode == 2 and shown.stderr.count("\n") == 1

@@ -5,11 +5,10 @@ import sys
 import pytest
 import torch
 
-import options
-import parallel
 import stacking
 import train
 from conftest import ROOT
+from engine import options, parallel
 from model import BERT, Config
 from raptr import Subnetwork, stage_plan
 from stacking import Stacking
@@ -52,7 +51,9 @@ def grown(sources, initial=None, moments="copy"):
         model((tokens, tokens[:, :3] % 8, tokens[:, :3]), Subnetwork(kept)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    before = {kind: {name: t.clone() for name, t in group.items()} for kind, group in train.state(model, optimizer).items()}
+    before = {
+        kind: {name: t.clone() for name, t in group.items()} for kind, group in train.state(model, optimizer).items()
+    }
     model, optimizer = train.grow(before, sources, args, SMALL, ALONE)
     return model, optimizer, before, train.state(model, optimizer), initial
 
@@ -124,7 +125,9 @@ def test_mslt_trains_only_what_is_new():
     loss.backward()
     assert loss.item() == model(batch).item()
     for name, p in model.named_parameters():
-        frozen = name.startswith(tuple(f"blocks.{i}." for i in range(4))) or "positions" in name or "embedding_norm" in name
+        frozen = (
+            name.startswith(tuple(f"blocks.{i}." for i in range(4))) or "positions" in name or "embedding_norm" in name
+        )
         assert (p.grad is None) == frozen, name
     assert method.expected_layers(11) == pytest.approx(1 + 2 / 3)  # two layers forward only, a third of the work each
 

@@ -4,8 +4,7 @@ import zipfile
 
 import pytest
 
-import metrics
-import superglue
+from evals import metrics, superglue
 from processes import script
 
 LINES = {

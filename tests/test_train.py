@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import options
 import train
 from conftest import ROOT
+from engine import options
 from processes import script
 from raptr import Subnetwork
 
@@ -57,10 +57,19 @@ def test_it_learns_and_logs_what_was_promised(tiny):
     start, steps, evals = events(run, "run")[0], events(run, "step"), events(run, "eval")
     done = events(run, "done")[0]
     assert done["loss"] == evals[-1]["loss"] < start["unigram_loss"] - 0.3
-    assert [e["step"] for e in steps] == list(range(1, 301)) and [e["step"] for e in evals] == [80, 100, 160, 200, 240, 300]
+    assert [e["step"] for e in steps] == list(range(1, 301)) and [e["step"] for e in evals] == [
+        80,
+        100,
+        160,
+        200,
+        240,
+        300,
+    ]
     assert [len(e["layers"]) for e in steps] == [2] * 100 + [3] * 100 + [4] * 100
     assert start["relative_flops_layers"] == pytest.approx(4 / 3) and 1 < start["relative_flops_step"] < 4 / 3
-    assert steps[-1]["flops"] * start["relative_flops_step"] == pytest.approx(300 * (steps[-1]["flops"] - steps[-2]["flops"]))
+    assert steps[-1]["flops"] * start["relative_flops_step"] == pytest.approx(
+        300 * (steps[-1]["flops"] - steps[-2]["flops"])
+    )
     assert steps[-1]["tokens"] == 300 * 8 * 32 and set(evals[0]["subnetworks"]) == {"2", "3"}
     assert {"params", "data", "versions", "seed", "world_size"} <= set(start)
     assert (run / "loss.png").stat().st_size > 5000
@@ -132,7 +141,9 @@ def test_full_trains_everything(tiny):
 
 def test_init_takes_over_weights(tiny, tmp_path):
     first = go(tiny)
-    second = go([*tiny[:-1], str(tmp_path / "second")], "--init", first, "--steps", 3, "--lr", "1e-12", "--weight_decay", 0)
+    second = go(
+        [*tiny[:-1], str(tmp_path / "second")], "--init", first, "--steps", 3, "--lr", "1e-12", "--weight_decay", 0
+    )
     for name, value in weights(first).items():
         torch.testing.assert_close(weights(second)[name], value, atol=1e-9, rtol=0)
 
@@ -196,7 +207,9 @@ def test_other_flags_are_refused_with_both_values(tiny):
 
 
 def test_two_runs_in_one_folder(tiny, tmp_path):
-    first = subprocess.Popen([sys.executable, "train.py", *tiny, "--steps", "100000"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "--steps", "100000"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     try:
         while first.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
             time.sleep(0.02)
@@ -284,7 +297,12 @@ def test_a_bad_flag_is_one_sentence_and_nothing_is_created(tiny, tmp_path, flags
 
 @pytest.mark.parametrize(
     "toml, word",
-    [("layerz = 4", "layers"), ("layers = 'four'", "--layers"), ("layers = ", "p.toml"), ("[model]\nlayers = 4", "model")],
+    [
+        ("layerz = 4", "layers"),
+        ("layers = 'four'", "--layers"),
+        ("layers = ", "p.toml"),
+        ("[model]\nlayers = 4", "model"),
+    ],
 )
 def test_a_bad_preset_is_refused(tmp_path, toml, word, capsys):
     (tmp_path / "p.toml").write_text(toml)
@@ -375,6 +393,15 @@ def test_weights_of_another_tokenizer_are_refused(tiny, text, tmp_path, capsys):
 
 def test_a_wrong_denoiser_is_found_before_a_corpus_is_made(tmp_path, capsys):
     (tmp_path / "some.txt").write_text("Some words.\n\nSome more of them.")
-    flags = ["--arch", "ul2", "--denoisers", "r3,foo", "--data", str(tmp_path / "some.txt"), "--out", str(tmp_path / "run")]
+    flags = [
+        "--arch",
+        "ul2",
+        "--denoisers",
+        "r3,foo",
+        "--data",
+        str(tmp_path / "some.txt"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train.start(options.parse(flags)) == 2
     assert "foo" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -107,7 +107,9 @@ def test_chunks_of_the_loss_change_nothing(chunk):
 def test_an_untied_head_is_its_own():
     model = make(tied=False)
     model(batch()).backward()
-    assert model.untied.weight.grad.abs().sum() > 0 and transformer.parameters(model.config) > transformer.parameters(SMALL)
+    assert model.untied.weight.grad.abs().sum() > 0 and transformer.parameters(model.config) > transformer.parameters(
+        SMALL
+    )
 
 
 @pytest.mark.parametrize("layers", [4, 2])

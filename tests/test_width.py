@@ -10,16 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import methods
 import model as transformer
-import options
 import train
-import width
 from conftest import ROOT
+from engine import options
+from methods import width
 from raptr import RaPTr, Stage, mean_layers, stage_plan
 from test_model import batch
 from test_train import events, go
 
 BERT = transformer.Config(4, 64, 4, 128, 24, 300, 0.0, init_std=0.2)
-UL2 = transformer.Config(4, 64, 4, 128, 24, 300, 0.0, arch="ul2", positions="relative", rms=True, gated=True, init_std=0.2)
+UL2 = transformer.Config(
+    4, 64, 4, 128, 24, 300, 0.0, arch="ul2", positions="relative", rms=True, gated=True, init_std=0.2
+)
 
 
 def method(k, part="width", scaling="uniform", **more):
@@ -61,7 +63,9 @@ def test_cut_equals_masked(config, part, scaling):
     for (name, a), b in zip(narrow.named_parameters(), dense.parameters()):
         assert torch.equal(a, b), name
         zero = torch.zeros_like(a)  # outside the kept layers neither has a gradient
-        torch.testing.assert_close(zero if a.grad is None else a.grad, zero if b.grad is None else b.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            zero if a.grad is None else a.grad, zero if b.grad is None else b.grad, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_what_is_not_kept_rests():
@@ -156,5 +160,7 @@ def test_bad_flags(tiny, more, said, capsys):
 
 def test_demo():
     for demo in ("width.py", "raptr.py --part both"):
-        shown = subprocess.run([sys.executable, *demo.split()], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        shown = subprocess.run(
+            [sys.executable, *demo.split()], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
         assert "heads" in shown.lower()

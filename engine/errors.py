@@ -1,0 +1,48 @@
+"""Errors that end a program with an exit code and one sentence on stderr. Any other exception keeps its traceback."""
+
+import sys
+
+
+class Exit(Exception):
+    """Ends a program. str(error): the sentence; code: the exit code."""
+
+    code = 1
+
+
+class UserError(Exit):
+    """A flag or an input is wrong. The sentence names it, and says what would be right."""
+
+    code = 2
+
+
+class NotFinite(Exit):
+    """A loss, a gradient or a weight is NaN or infinite; nothing was updated or saved."""
+
+    code = 3
+
+
+class NoCheckpoint(Exit):
+    """There were checkpoints, and none of them can be used."""
+
+    code = 4
+
+
+class Disagreement(Exit):
+    """The ranks are not doing the same thing, or one is lost; nothing was updated."""
+
+    code = 5
+
+
+class Stopped(Exit):
+    """A signal ended the run; its state is saved."""
+
+    code = 75
+
+
+def guard(name, main):
+    """Call main() as the command `name`. An Exit becomes its sentence on stderr and its exit code."""
+    try:
+        main()
+    except Exit as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.code)

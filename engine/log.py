@@ -1,0 +1,125 @@
+"""What a run folder tells: its log, a figure, a summary.
+
+    python -m engine.log out/bert_toy-raptr-0           print the summary again, draw loss.png again
+
+Not here: anything that trains. No torch, so that it answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from engine.errors import UserError, guard
+
+
+def read_jsonl(path):
+    """The objects of a JSONL file, in order. Leaves out lines that were cut off in writing."""
+    values = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
+
+
+def read_log(run):
+    """The events of a run, oldest first."""
+    return read_jsonl(Path(run, "log.jsonl"))
+
+
+def write(path, text):
+    """Write a text file under another name and rename it, so that it is never half there."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def subplots(width, height, rows=1, columns=1, **more):
+    """(figure, axes) of matplotlib, in the one style of this project. Needs no screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **more)
+    for each in axes.flat if rows * columns > 1 or not more.get("squeeze", True) else [axes]:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def has_ended(events):
+    return bool(events) and events[-1]["event"] == "done"
+
+
+def draw_run(run):
+    """loss.png: loss over the steps, and below it which layers ran. Needs matplotlib; without it, no figure."""
+    try:
+        figure, (top, strip) = subplots(8, 6, 2, sharex=True, height_ratios=[3, 1])
+    except ImportError:
+        return None
+    events = read_log(run)
+    first = next(e for e in events if e["event"] == "run")
+    steps = [e for e in events if e["event"] == "step"]
+    evals = [e for e in events if e["event"] == "eval"]
+    L = first["flags"]["layers"]
+    top.plot(
+        [e["step"] for e in steps], [e["loss"] for e in steps], color="0.8", lw=0.7, label="training, the step's path"
+    )
+    for k in sorted({k for e in evals for k in e["subnetworks"]}, key=float):
+        points = [(e["step"], e["subnetworks"][k]) for e in evals if k in e["subnetworks"]]
+        top.plot(*zip(*points), lw=1, marker=".", ms=3, label=f"held-out, paths of {k}")
+    points = [(e["step"], e["loss"]) for e in evals]
+    top.plot(*zip(*points), color="black", lw=1.8, marker="o", ms=3, label="held-out, full model")
+    unigram = first["unigram_loss"]
+    top.axhline(unigram, color="0.5", ls=":", lw=1)
+    top.annotate(
+        "predicting by frequency", (steps[-1]["step"], unigram), ha="right", va="bottom", color="0.4", fontsize=8
+    )
+    top.set(ylabel="loss (nats)", title=f"{run.name}: held-out loss {evals[-1]['loss']:.3f}")
+    top.legend(frameon=False, fontsize=8)
+    columns = [steps[i * len(steps) // 160] for i in range(160)] if len(steps) > 160 else steps
+    cells = [[e.get("width", 1) * (layer in e["layers"]) for e in columns] for layer in range(L)]
+    strip.imshow(cells, aspect="auto", origin="lower", cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest",
+                 extent=(steps[0]["step"] - 1, steps[-1]["step"], -0.5, L - 0.5))  # fmt: skip
+    part = "; lighter: in part of their width" if any("width" in e for e in steps) else ""
+    strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title=f"layers that ran (a sample of the steps{part})")
+    strip.title.set_fontsize(9)
+    figure.savefig(run / "loss.png", dpi=100)
+    return run / "loss.png"
+
+
+def span(seconds):
+    """Seconds as a person says them."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def summarize(run):
+    """What a person wants to know of a finished run."""
+    events = read_log(run)
+    first, last = next(e for e in events if e["event"] == "run"), events[-1]
+    layers, steps = first["relative_flops_layers"], first["relative_flops_step"]
+    tokens = [e for e in events if e["event"] == "step"][-1]["tokens"]
+    figure = draw_run(run)
+    print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {span(last['seconds'])} of training\n")
+    print(
+        f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {first['unigram_loss']:.3f}"
+    )
+    print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
+    print(
+        f"  all FLOPs       full training costs {steps:.3f} times as many ({1 - 1 / steps:.1%} saved): the head always runs"
+    )
+    print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{max(run.glob('step_*[0-9]')).name}\n")
+
+
+def main():
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "log.jsonl").exists():
+        raise UserError("name one run folder, like out/bert_toy-raptr-0")
+    if not has_ended(read_log(sys.argv[1])):
+        raise UserError(f"{sys.argv[1]} has not ended yet")
+    summarize(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    guard("engine.log", main)

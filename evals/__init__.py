@@ -1,0 +1,1 @@
+"""What the two evaluations are made of: files and rules of the benchmarks, metrics, fine-tuning."""

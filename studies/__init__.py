@@ -1,0 +1,1 @@
+"""Experiments: comparisons of methods, and the paper's theory, measured."""

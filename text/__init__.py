@@ -1,0 +1,1 @@
+"""Text to token shards, and back. Not here: batches (data.py)."""

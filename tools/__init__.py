@@ -1,0 +1,1 @@
+"""Beside training: ask a trained model, exchange it with `transformers`, time it."""
