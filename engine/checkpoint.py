@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, verified, never half-written, and no pickle anywhere.
 
-A checkpoint is a folder RUN/step_00000100/ with tensor files, meta.json and, written last, manifest.json: the size and
-SHA-256 of every other file. It is built under a temporary name, flushed to disk, and renamed when whole; so a folder with
-the final name is complete, and a byte that changed later is found before anything is loaded.
-Not here: what is in a checkpoint (train.py).
+A checkpoint is a folder RUN/step_00000100/ with tensor files, meta.json and, written last, manifest.json, which holds the
+size and SHA-256 of every other file. It is built under a temporary name, flushed to disk, and renamed when complete: a
+folder with the final name is complete, and a byte that changed later is found before anything is loaded.
+Not here: when a run saves (engine/runs.py, train.py).
 """
 
 import errno
@@ -19,27 +19,53 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine.errors import UserError
+import model as transformer
+from engine import parallel
+from engine.errors import NoCheckpoint, NotFinite, UserError
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models and optimizers, as tensors
 
 
-class NoCheckpoint(Exception):
-    """There are checkpoints, and none of them can be used."""
+def state(model, optimizer):
+    """All that a checkpoint holds, as {file: {name: tensor}}. Sharded tensors are gathered, so all ranks must ask. Moments
+    bear the names of their weights."""
+    weights = {name: parallel.full(p.detach()) for name, p in model.named_parameters()}
+    moments = {f"{key}.{name}": m for name, p in model.named_parameters() for key, m in optimizer.state[p].items()}
+    assert len(moments) == 3 * len(weights)
+    return {"model": weights, "optimizer": {name: parallel.full(value) for name, value in moments.items()}}
 
 
-class NotFinite(Exception):
-    """A tensor to be saved holds NaN or infinity."""
+@torch.no_grad()
+def load_weights(model, tensors, where):
+    """Copy named tensors into a model. Raises UserError unless names and shapes are the model's."""
+    transformer.check_weights(model, tensors, where)
+    for name, p in model.named_parameters():
+        parallel.copy_into(p, tensors[name])
+
+
+@torch.no_grad()
+def load_moments(model, optimizer, tensors):
+    """Copy AdamW's state, named as in `state`, into an optimizer."""
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            parallel.copy_into(value, tensors[f"{key}.{name}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Folders
 
 
 def lock(run):
-    """The open lock file of a run folder, which is made if need be. Keep it: the lock ends with it, or with the process.
-    ValueError if another process has it, or the folder cannot be written."""
+    """Create a run folder if need be, and lock it. Returns the open lock file: the lock ends when it is closed, or with the
+    process. Raises UserError if another process has the lock, or the folder cannot be written."""
     try:
         Path(run).mkdir(parents=True, exist_ok=True)
         file = open(Path(run, ".lock"), "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
-        raise UserError(f"--out {run}: another process is at work there") from None
+        raise UserError(f"--out {run}: another process is training there") from None
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
 
@@ -60,8 +86,8 @@ def sha256(path):
 
 def folders(run):
     """Checkpoint folders of a run, oldest first."""
-    found = [path for path in Path(run).glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=step_of)
+    paths = [path for path in Path(run).glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(paths, key=step_of)
 
 
 def step_of(folder):
@@ -69,18 +95,18 @@ def step_of(folder):
 
 
 def save(run, step, tensors, meta, keep=2, keep_every=0):
-    """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep`, and but those of
-    every `keep_every`-th step (0: none).
+    """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep` and those of every
+    `keep_every`-th step (0: none).
 
     tensors: {file name: {tensor name: tensor}}; meta: a JSON object.
-    OSError (a full disk, say) leaves the older ones as they were. NotFinite: nothing is written.
+    Raises OSError (a full disk, say), which leaves the older ones as they were, or NotFinite before it writes anything.
     """
     final = Path(run, f"step_{step:08d}")
     folder = Path(run, f".step_{step:08d}.tmp")
     for group in tensors.values():
         for name, tensor in group.items():
             if not torch.isfinite(tensor).all():
-                raise NotFinite(f"{name} is not finite after step {step}")
+                raise NotFinite(f"{name} is not finite after step {step}: nothing was saved")
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + (1 << 20)
     free = shutil.disk_usage(run).free
     if free < needed:
@@ -108,7 +134,7 @@ def save(run, step, tensors, meta, keep=2, keep_every=0):
         shutil.rmtree(folder, ignore_errors=True)
     try:
         verify(final)
-    except ValueError as error:
+    except UserError as error:
         raise OSError(f"it was written, and reads back otherwise: {error}") from None
     for old in folders(run)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
@@ -116,7 +142,7 @@ def save(run, step, tensors, meta, keep=2, keep_every=0):
 
 
 def verify(folder):
-    """ValueError, with the reason, unless the folder holds exactly what its manifest says."""
+    """Raise UserError, with the reason, unless the folder holds exactly what its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -131,26 +157,25 @@ def verify(folder):
 
 
 def load(folder, device="cpu"):
-    """(tensors, meta) of one checkpoint, verified: ValueError with the reason if it is not good."""
+    """(tensors, meta) of one checkpoint. Raises UserError, with the reason, if it is not good."""
     verify(folder)
     try:
         tensors = {file.stem: load_file(file, device=str(device)) for file in folder.glob("*.safetensors")}
         return tensors, json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: of json
         raise UserError(f"it cannot be read ({error})") from None
 
 
 def load_newest(run):
-    """(tensors, meta) of the newest good checkpoint of a run, or None if the run has none at all.
+    """(tensors, meta) of the newest good checkpoint of a run, or None if there has never been one.
 
-    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted.
-    Raises NoCheckpoint if only bad ones are there.
+    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted. Raises NoCheckpoint if all are bad.
     """
     reasons = [f"{path.name}: set aside earlier" for path in sorted(Path(run).glob("step_*.corrupt*"))]
     for folder in reversed(folders(run)):
         try:
             return load(folder)
-        except ValueError as error:
+        except UserError as error:
             aside = next(p for n in range(1_000_000) if not (p := Path(f"{folder}.corrupt{n or ''}")).exists())
             folder.rename(aside)
             reasons.append(f"{folder.name}: {error}")

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 
 import torch
 
@@ -44,3 +45,20 @@ def steady_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+class StopSignals:
+    """Catches SIGTERM and SIGINT. The first lets the step finish and the state be saved, the second ends the process."""
+
+    def __init__(self):
+        self.received = None
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.catch)
+
+    def catch(self, signum, frame):
+        self.received = signum
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    def name(self):
+        return signal.Signals(self.received).name if self.received else "a signal to another process"

@@ -1,23 +1,174 @@
-"""A run folder, opened again: its model, its tokenizer, its text. For whatever comes after training.
+"""Run folders: opened for training, resumed, saved to; and opened again by whatever comes after training.
 
-Not here: how it was written (train.py, checkpoint.py), or made from somebody else's model (hf.py).
+A run folder out/NAME/ holds config.json (the flags), log.jsonl (every step), step_XXXXXXXX/ (checkpoints) and its tokenizer.
+Not here: what a checkpoint is (engine/checkpoint.py), the training loop (train.py).
 """
 
 import json
+import os
+import sys
 from pathlib import Path
 
-import denoisers
+import torch
 
-import data
 import model as transformer
-from engine import checkpoint, options
-from engine.errors import UserError
-from text import prepare
+from data import objective
+from engine import checkpoint, log, mirror, options
+from engine.errors import Exit, UserError
+from text.corpus import open_corpus
+from text.prepare import load_tokenizer
 from text.wordpiece import WordPiece
+
+# Flags that may differ when a run is continued. All others would make it another run.
+MAY_CHANGE = {
+    *("config", "out", "data", "init", "init_moments", "micro_batch", "eval_every", "save_every", "keep", "keep_every"),
+    *("log_to", "device", "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"),
+}
+
+
+class SaveFailed(Exit):
+    """The last state of a run could not be saved."""
+
+
+class Run:
+    """A run folder, open for training.
+
+    step, flops, seconds: where the run stands, 0 for a new one. saved: step of the newest checkpoint.
+    The constructor locks the folder, checks that it belongs to a run with these flags, and reads the newest checkpoint.
+    Only the first rank writes. Raises UserError if the folder is in use or belongs to another run, and NoCheckpoint if
+    there is a checkpoint and none can be used.
+    """
+
+    def __init__(self, args, corpus, ranks):
+        self.folder, self.args, self.ranks = Path(args.out), args, ranks
+        self.flags = {**vars(args), "data_fingerprint": corpus.fingerprint}
+        self.tokenizer_sha256 = corpus.meta["tokenizer_sha256"]
+        self.changed, self.newest = {}, None
+
+        def open_folder():
+            self.lock = checkpoint.lock(self.folder)
+            self.changed = check_config(self.folder, self.flags)
+            tokenizer = (corpus.folder / "tokenizer.model").read_bytes()
+            (self.folder / "tokenizer.model").write_bytes(tokenizer)  # for all that comes after training
+            self.newest = checkpoint.load_newest(self.folder)
+            return self.newest[1]["step"] if self.newest else 0
+
+        self.step = self.saved = ranks.first_does(open_folder)
+        if self.step and not ranks.first:
+            self.newest = checkpoint.load(self.folder / f"step_{self.step:08d}")
+        meta = self.newest[1] if self.newest else {"flops": 0, "seconds": 0.0}
+        self.flops, self.seconds = meta["flops"], meta["seconds"]
+
+    def restore(self, model, optimizer, initial=None):
+        """Copy the newest checkpoint into a model and its optimizer. initial: tensors to begin a new run with, or None."""
+        tensors = self.newest[0] if self.newest else initial
+        if tensors:
+            checkpoint.load_weights(
+                model, tensors["model"], "the checkpoint" if self.newest else f"--init {self.args.init}"
+            )
+            if "optimizer" in tensors:
+                checkpoint.load_moments(model, optimizer, tensors["optimizer"])
+        self.newest = None  # memory
+
+    def open_log(self):
+        """Open log.jsonl for appending. Drops what it holds of steps after the checkpoint: they come again. Returns whether
+        the run has ended already."""
+        events, path = [], self.folder / "log.jsonl"
+        if self.ranks.first:
+            if self.step and path.exists():
+                events = [event for event in log.read_log(self.folder) if event.get("step", 0) <= self.step]
+            log.write(path, "".join(json.dumps(event) + "\n" for event in events))
+        self.log = open(path if self.ranks.first else os.devnull, "a")
+        ended = bool(self.ranks.gather(log.has_ended(events))[0][0])
+        names = self.args.log_to if self.ranks.first and not ended else ""
+        self.mirrors = mirror.mirrors(names, self.folder, self.step, self.flags)
+        return ended
+
+    def record(self, event, **facts):
+        """Write one event to the log, and to its mirrors."""
+        self.log.write(json.dumps({"event": event, **facts}) + "\n")
+        self.log.flush()
+        for show in self.mirrors:
+            show(event, facts)
+
+    def save(self, step, model, optimizer, last):
+        """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time, raises SaveFailed;
+        else training goes on, older checkpoints stay, and the next interval tries again."""
+        tensors = checkpoint.state(model, optimizer)  # under FSDP2 all ranks gather it
+        meta = {"step": step, "flops": self.flops, "seconds": self.seconds, "flags": self.flags}
+        meta["tokenizer_sha256"] = self.tokenizer_sha256
+
+        def write():
+            try:
+                checkpoint.save(self.folder, step, tensors, meta, self.args.keep, self.args.keep_every)
+            except OSError as error:  # a full disk, say
+                return str(error)
+
+        problem = self.ranks.first_does(write)
+        if problem is None:
+            self.saved = step
+        elif last:
+            raise SaveFailed(f"the state at step {step} could not be saved: {problem}")
+        elif self.ranks.first:
+            print(f"warning: no checkpoint at step {step}, training goes on: {problem}", file=sys.stderr)
+
+
+def check_config(folder, flags):
+    """Write config.json, or compare with it. Returns {flag: [then, now]} of those that may change and did. Raises UserError
+    if the folder belongs to a run with other flags or another text."""
+    if not (folder / "config.json").exists():
+        log.write(folder / "config.json", json.dumps(flags, indent=1))
+    before = read_config(folder)
+    for name, value in must_match(before, flags).items():
+        what = "another text" if name == "data_fingerprint" else f"--{name} {value}, not {flags.get(name)}"
+        raise UserError(f"--out {folder}: this run began with {what}; choose another --out")
+    return {name: [value, flags.get(name)] for name, value in before.items() if flags.get(name) != value}
+
+
+def read_config(folder):
+    """The flags of a run. Flags of older versions that had their default are left out; others raise UserError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder / 'config.json'}: not readable; choose another --out") from None
+    if config.get("method") == "decreasing" and "drop_gate" in config:
+        raise UserError(f"--out {folder}: this run drew layers for each sequence; this version draws for the batch")
+    for name, default in options.REMOVED.items():
+        if config.pop(name, default) != default:
+            raise UserError(f"--out {folder}: this run began with --{name}, which this version no longer has")
+    return config
+
+
+def must_match(before, now):
+    """{name: value before} of the flags that may not change and are different now."""
+    return {name: value for name, value in before.items() if name not in MAY_CHANGE and now.get(name) != value}
+
+
+def initial_weights(args, config, depth, tokenizer_sha256):
+    """Load and validate --init. Returns {"model": tensors}, with "optimizer" if --init_moments asks for it. Raises
+    UserError if it is missing, does not fit, or used another tokenizer."""
+    folders = checkpoint.folders(args.init)
+    if not folders:
+        raise UserError(f"--init {args.init}: there is no checkpoint in it")
+    tensors, meta = checkpoint.load(folders[-1])
+    if meta.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
+        raise UserError(f"--init {args.init}: was trained with another tokenizer than that of --data")
+    if args.init_moments and "optimizer" not in tensors:
+        raise UserError(f"--init_moments: {args.init} has none")
+    with torch.device("meta"):
+        model = transformer.make(config)
+    model.blocks = model.blocks[:depth]
+    transformer.check_weights(model, tensors["model"], f"--init {args.init}")
+    return tensors if args.init_moments else {"model": tensors["model"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# After training
 
 
 def load_run(run, device="cpu"):
-    """(model, tokenizer, flags) of a run folder, from its newest checkpoint. ValueError if it is not one, or that is bad."""
+    """(model, tokenizer, flags) of a run folder, from its newest checkpoint. Raises UserError if it is not a run folder, or
+    has no good checkpoint."""
     run = Path(run)
     try:
         given = json.loads((run / "config.json").read_text())
@@ -28,12 +179,12 @@ def load_run(run, device="cpu"):
         raise UserError(f"{run}: not a run folder of train.py") from None
     if not folders:
         raise UserError(f"{run}: there is no checkpoint in it yet")
-    if (run / "vocab.txt").exists():  # taken over from elsewhere (hf.py)
+    if (run / "vocab.txt").exists():  # imported from elsewhere (tools/hf.py)
         tokenizer = WordPiece(run / "vocab.txt")
     else:
-        tokenizer = prepare.load_tokenizer(run / "tokenizer.model")
+        tokenizer = load_tokenizer(run / "tokenizer.model")
     tensors = checkpoint.load(folders[-1], device)[0]
-    config = transformer.Config.of(args, denoisers.model_vocab(args, tokenizer.vocab_size()))
+    config = transformer.Config.of(args, objective(args, vocab=tokenizer.vocab_size()).model_vocab)
     model = transformer.make(config).to(device).eval()
     depth = 1 + max(int(name.split(".")[1]) for name in tensors["model"] if name.startswith("blocks."))
     model.blocks = model.blocks[:depth]
@@ -44,23 +195,20 @@ def load_run(run, device="cpu"):
 
 
 def own_text(run, flags):
-    """The corpus that a run was trained on. ValueError if what is there now is another: its tokens would mean nothing to it."""
-    corpus = data.open_corpus(flags.data, flags.vocab)
+    """The corpus that a run was trained on. Raises UserError if --data names another text now: the run's tokens would mean
+    nothing in it."""
+    corpus = open_corpus(flags.data, flags.vocab)
     if getattr(flags, "data_fingerprint", None) != corpus.fingerprint:
         raise UserError(f"{run}: {corpus.folder} is not the text it was trained on")
     return corpus
 
 
 def provenance(run, args, names, files):
-    """What a score depends on: {"run": its folder, "weights": hash of the newest checkpoint's manifest ("" if there is none),
-    hashes of `files`, which is {name: path}, and the flags `names`}."""
+    """What a score depends on: {"run": its folder, "weights": hash of the newest checkpoint's manifest ("" if there is
+    none), hashes of `files`, which is {name: path}, and the flags `names`}."""
     newest = checkpoint.folders(run)[-1:]
-    kept = {
-        "run": str(Path(run).resolve()),
-        "weights": "".join(checkpoint.sha256(path / "manifest.json") for path in newest),
-    }
+    weights = "".join(checkpoint.sha256(path / "manifest.json") for path in newest)
+    hashes = {name: checkpoint.sha256(path) for name, path in files.items()}
     return (
-        kept
-        | {name: checkpoint.sha256(path) for name, path in files.items()}
-        | {name: getattr(args, name) for name in names}
+        {"run": str(Path(run).resolve()), "weights": weights} | hashes | {name: getattr(args, name) for name in names}
     )

@@ -2,17 +2,13 @@
 
 import os
 import random
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
 import train  # noqa: E402
-from engine import options  # noqa: E402
+from engine import ROOT, options  # noqa: E402, F401
 from text import prepare  # noqa: E402
 
 

@@ -17,7 +17,9 @@ from conftest import ROOT
 from engine import options
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bench", "compare", "eval_qa", "eval_superglue", "polynomials", "stability"])
+SERVER.set_forkserver_preload(
+    ["eval_superglue", "evals.qa", "studies.compare", "studies.polynomials", "studies.stability", "tools.bench"]
+)
 
 
 def command(argv, folder, cwd):
@@ -26,11 +28,14 @@ def command(argv, folder, cwd):
         os.dup2(os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT), number)
     sys.stdin, sys.argv = open(0), argv
     os.chdir(cwd)
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+    if argv[0].endswith(".py"):
+        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+    else:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 
 def script(*argv, text="", cwd=ROOT):
-    """Runs a script with arguments and `text` to read: its returncode, stdout and stderr."""
+    """Run a script of the project (train.py, tools.sample) with `text` to read. Returns its returncode, stdout, stderr."""
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/in", "w") as file:
             file.write(text)
