@@ -11,7 +11,8 @@ takes as much text as makes it exactly T + 1 tokens long, so there is no padding
 
 Sources: masks, BERT (Devlin et al., arXiv 1810.04805, section 3.1); denoisers, UL2 (Tay et al., arXiv 2205.05131,
 table 1); span corruption, T5 (Raffel et al., arXiv 1910.10683, section 3.1.4).
-Legend: B rows, T tokens per row, M masked positions per row; n tokens of text in a UL2 row, m of them in spans, s spans.
+Legend: B rows, T tokens per row, M masked positions per row; n tokens of text in a UL2 row, m of them in spans, s
+spans.
 """
 
 import textwrap
@@ -105,16 +106,20 @@ DENOISERS = {
     "r3": Denoiser(0, 3, 0.15), "r8": Denoiser(0, 8, 0.15),  # regular
     "s": Denoiser(1, None, 0.25),  # sequential: a prefix language model
     "x3": Denoiser(2, 3, 0.5), "x8": Denoiser(2, 8, 0.5),  # extreme: much, or in long spans, or both
+    "x32": Denoiser(2, 32, 0.5),  # of Garcia et al. (arXiv 2302.01398), not one of UL2's seven
     "x64": Denoiser(2, 64, 0.15), "x64half": Denoiser(2, 64, 0.5),
+    "x32": Denoiser(2, 32, 0.5),  # of Garcia et al. (arXiv 2302.01398); not one of UL2's seven
     "causal": Denoiser(1, 0, 1.0),  # a plain language model; not one of UL2's seven
 }  # fmt: skip
-UL2 = "r3,r8,s,x3,x8,x64,x64half"
+UL2 = "r3,r8,s,x3,x8,x64,x64half"  # the published seven, evenly
+MIXTURES = {"ul2": UL2, "garcia": "causal:6,s:2,r3:1,x32:1"}
 
 
 def mixture(text):
-    """{name: share} of "r3,s:2,x8": names with weights (1 where none is given). ValueError for what is not there."""
+    """{denoiser: share} of "r3,s:2,x8", names with weights (1 where none is given), or of one of MIXTURES. Raises
+    UserError for a name that does not exist."""
     weights = {}
-    for part in text.split(","):
+    for part in MIXTURES.get(text, text).split(","):
         name, _, weight = part.partition(":")
         try:
             weights[name] = float(weight or 1)
@@ -134,7 +139,8 @@ def sentinels(seq):
 
 
 def extra_tokens(seq):
-    """Token ids that a model of sequences of `seq` tokens needs beyond the tokenizer's: the modes, then the sentinels."""
+    """Token ids that a model of sequences of `seq` tokens needs beyond the tokenizer's: the modes, then the
+    sentinels."""
     return len(MODES) + sentinels(seq)
 
 

@@ -8,8 +8,8 @@ Not here: which layers run (raptr.py), the batches (data.py), the optimizer (tra
 
 Sources: BERT (Devlin et al., arXiv 1810.04805); UL2 (Tay et al., arXiv 2205.05131); pre-LN (Xiong et al., arXiv
 2002.04745); rotary positions (Su et al., arXiv 2104.09864); relative positions (T5, Raffel et al., arXiv 1910.10683);
-gated MLP (Shazeer, arXiv 2002.05202). BERT as published is `--norm post --positions learned --dropout 0.1 --init_std 0.02
---types 2 --norm_eps 1e-12`.
+gated MLP (Shazeer, arXiv 2002.05202). BERT as published is `--norm post --positions learned --dropout 0.1 --init_std
+0.02 --types 2 --norm_eps 1e-12`.
 
 Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary, M masked positions per sequence, N targets in all.
 """
@@ -96,7 +96,8 @@ def buckets(distance, count=32, far=128):
 
 
 def explicit(q):
-    """Whether to write attention out: on the CPU in bfloat16 the backward pass of the fused kernel is the slower one."""
+    """Whether to write attention out: on the CPU in bfloat16 the backward pass of the fused kernel is the slower
+    one."""
     return q.is_cpu and q.dtype == torch.bfloat16
 
 
@@ -212,8 +213,8 @@ class PostBlock(Block):
 
 
 class Stack(nn.Module):
-    """Embeddings and blocks. seed: of the initial weights. Models of one seed that differ in depth begin with the same draws
-    in the layers both have."""
+    """Embeddings and blocks. seed: of the initial weights. Models of one seed that differ in depth begin with the
+    same draws in the layers both have."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -244,8 +245,8 @@ class Stack(nn.Module):
         pass
 
     def init(self, module, generator):
-        """Matrices normal, biases zero, norms one. In a pre-LN stack 2L updates add up on one stream, so what writes to it
-        begins smaller by sqrt(2L), as in GPT-2; the original, post-LN BERT has no such rule."""
+        """Matrices normal, biases zero, norms one. In a pre-LN stack 2L updates add up on one stream, so what writes
+        to it begins smaller by sqrt(2L), as in GPT-2; the original, post-LN BERT has no such rule."""
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.init_std, generator=generator)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -257,9 +258,9 @@ class Stack(nn.Module):
     def encode(self, tokens, subnetwork=None, mask=None, past=None, types=None):
         """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them).
 
-        mask: bool (B or 1, 1, T, T), whom each token may see, or a BlockMask; None: all. past: {}, which the call fills with
-        keys and values by layer, or that of the call before, whose tokens then come before these. types (B, T): token types,
-        of a model that knows such; None: all 0.
+        mask: bool (B or 1, 1, T, T), whom each token may see, or a BlockMask; None: all. past: {}, which the call
+        fills with keys and values by layer, or that of the call before, whose tokens then come before these. types
+        (B, T): token types, of a model that knows such; None: all 0.
         """
         T = tokens.shape[1]
         start = next(iter(past.values()))["k"].shape[2] if past else 0
@@ -337,8 +338,8 @@ class UL2(Stack):
     """A decoder that reads a prefix in both directions and writes on from there."""
 
     def mask(self, prefix, T, fused=False):
-        """Whom each token may see: (B, 1, T, T), true for tokens of the prefix (B,) and for those before. fused: the same as
-        a BlockMask."""
+        """Whom each token may see: (B, 1, T, T), true for tokens of the prefix (B,) and for those before. fused: the
+        same as a BlockMask."""
         if fused:
             sees = lambda b, h, q, k: (k <= q) | (k < prefix[b])  # noqa: E731
             return create_block_mask(sees, len(prefix), None, T, T, device=prefix.device)
@@ -356,8 +357,8 @@ class UL2(Stack):
         return self.predict(self.states(tokens, prefix, subnetwork))
 
     def forward(self, batch, subnetwork=None):
-        """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T). The head
-        runs only where there is a target."""
+        """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T). The
+        head runs only where there is a target."""
         tokens, prefix, targets = batch
         written = targets != -100
         return self.cross_entropy(self.states(tokens, prefix, subnetwork)[written], targets[written])
@@ -388,12 +389,12 @@ def parameters(config):
 
 
 def flops(config, sequences, targets, layers=None):
-    """FLOPs of one training step (forward and backward) on `sequences` sequences with `targets` positions in each that the
-    head runs on (a mean may be a fraction).
+    """FLOPs of one training step (forward and backward) on `sequences` sequences with `targets` positions in each
+    that the head runs on (a mean may be a fraction).
 
     layers: how many layers run (`Subnetwork.cost`), all by default; may be a fraction, for a mean. Counted are all
-    matrix products, attention (as if nothing were hidden) and head included, at 2 FLOPs per multiply-add; the backward pass
-    is twice the forward. What `loss_chunk` computes again is not counted.
+    matrix products, attention (as if nothing were hidden) and head included, at 2 FLOPs per multiply-add; the
+    backward pass is twice the forward. What `loss_chunk` computes again is not counted.
     """
     C, T = config.width, config.seq
     layer = (
@@ -412,9 +413,8 @@ def demo():
 
     print("\n  preset        layers  width   params    FLOPs/step   half the layers   of which head")
     for path in sorted((ROOT / "configs").glob("*.toml")):
-        args = Namespace(**tomllib.loads(path.read_text()))
-        args.__dict__.setdefault("mlp", 4 * args.width)
-        args.__dict__.setdefault("arch", "bert")
+        preset = tomllib.loads(path.read_text())
+        args = Namespace(**{"mlp": 4 * preset["width"], "arch": "bert", "denoisers": "ul2"} | preset)
         task = objective(args)
         fields = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
         config, targets = Config(**fields | {"vocab": task.model_vocab}), task.targets_per_row()
@@ -422,9 +422,8 @@ def demo():
         half = flops(config, args.batch, targets, config.layers // 2) / full
         head = flops(config, args.batch, targets, 0) / full
         size = f"{parameters(config) / 1e6:,.1f}M"
-        print(
-            f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}  {full:12.3e}  {half:16.1%}  {head:14.1%}"
-        )
+        print(f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}", end="")
+        print(f"  {full:12.3e}  {half:16.1%}  {head:14.1%}")
     print(
         "\n  A step is forward and backward over the whole batch. The head always runs, so half the layers cost a bit"
     )

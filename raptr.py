@@ -65,7 +65,8 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
     """Divide `steps` steps into stages. Returns [Stage, ...], one per entry of `lengths`.
 
     lengths: mean number of layers per stage, ascending to `layers`. 6-8-10-12 is [6, 8, 10, 12].
-    alpha: stage s of S lasts a share of the steps proportional to s^alpha. The paper uses 0 (Equal) and 1 (Proportional).
+    alpha: stage s of S lasts a share of the steps proportional to s^alpha. The paper uses 0 (Equal) and 1
+    (Proportional).
     full_warmup: steps that train the full model before the first stage. They count as steps of the run; the paper does
         not say whether they do.
     Raises ValueError if the plan falls, does not end at `layers`, or has more stages than there are steps.
@@ -155,8 +156,8 @@ def draw_layers(rng, k, layers, pinned, sampling):
     """Draw the layers of one path: the pinned ones, and a random choice of the others.
 
     sampling: "bernoulli" keeps each free layer independently, as the paper defines a path (zeta_l ~ Bernoulli(p) for l
-        not in I, zeta_l = 1 for l in I). "exact" keeps exactly k layers, as the paper's figure shows it, so that all steps
-        of a stage cost the same; a k that is not whole is rounded up or down at random, so that its mean is k.
+        not in I, zeta_l = 1 for l in I). "exact" keeps exactly k layers, as the paper's figure shows it, so that all
+        steps of a stage cost the same; a k that is not whole is rounded up or down at random, so that its mean is k.
     """
     free = [layer for layer in range(layers) if layer not in pinned]
     if sampling == "bernoulli":
@@ -173,7 +174,8 @@ def path_scale(kept, k, layers, pinned, scaling):
 
     The paper tries a scaling whose formula we could not read. These are the candidates; the default is "none".
     gap: sqrt(distance to the kept layer below), as a kept layer stands in for the skipped ones before it. At
-        initialisation a pre-LN stack adds about independent updates, whose sum grows as the square root of their number.
+        initialisation a pre-LN stack adds about independent updates, whose sum grows as the square root of their
+        number.
     uniform: sqrt(L / k) for every kept layer, for the same reason.
     inverse: 1 / p for the layers that can be dropped, as in progressive layer dropping: the mean update is unchanged.
     """
@@ -205,8 +207,8 @@ class RaPTr(Staged):
             raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(pinned)} always kept (--fixed)")
 
     def subnetwork(self, step):
-        # The path depends on (seed, step) and nothing else: every rank draws the same one without asking, and a run that
-        # resumes at this step draws it again. One path serves the whole batch, as in the paper.
+        # The path depends on (seed, step) and nothing else: every rank draws the same one without asking, and a run
+        # that resumes at this step draws it again. One path serves the whole batch, as in the paper.
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
 
     def path(self, k, name):
@@ -228,10 +230,12 @@ class RaPTr(Staged):
 
 @contextlib.contextmanager
 def over(layers, subnetwork):
-    """Within this context the nn.ModuleList `layers` holds only the kept layers, so the model runs and trains only those.
+    """Within this context the nn.ModuleList `layers` holds only the kept layers, so the model runs and trains only
+    those.
 
     Build the optimizer outside, over all parameters, and let the gradients of skipped layers be None
-    (`zero_grad(set_to_none=True)`). DistributedDataParallel fails or hangs, because it waits for the gradients of skipped
+    (`zero_grad(set_to_none=True)`). DistributedDataParallel fails or hangs, because it waits for the gradients of
+    skipped
     layers: sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
     Raises ValueError for layers that are not alike (some attend to a window, say): their model chooses a mask by the
     place of a layer, and places change here. Raises ValueError for a subnetwork that cuts or freezes layers.
@@ -322,9 +326,8 @@ def demo():
             subnetwork = method.subnetwork(step) or all_layers(args.layers)
             print(f"    step {step:4d}  {draw(subnetwork.layers, args.layers)}")
     mean = mean_layers(method, args.steps)
-    print(
-        f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {args.layers / mean:.3f} times as many layer FLOPs"
-    )
+    factor = args.layers / mean
+    print(f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {factor:.3f} times as many layer FLOPs")
     print(f"  ({1 - mean / args.layers:.1%} saved; embeddings and head, which always run, are not counted)\n")
 
 

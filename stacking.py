@@ -1,4 +1,5 @@
-"""Growing in depth: train a shallow network, copy layers to make it deeper, train on. Nothing here knows a tensor's values.
+"""Growing in depth: train a shallow network, copy layers to make it deeper, train on. Nothing here knows a tensor's
+values.
 
     python stacking.py          for every method, which layer each layer was copied from, stage by stage
 
@@ -8,8 +9,8 @@
     midas         the middle block is repeated in place
     jump          one late jump from a few layers to all of them, by repeating the stack
 
-A growth is a list of sources: entry i is the old layer that new layer i is a copy of. Weights and optimizer moments grow
-by the same list. Not here: when the loop grows the network (train.py).
+A growth is a list of sources: entry i is the old layer that new layer i is a copy of. Weights and optimizer moments
+grow by the same list. Not here: when the loop grows the network (train.py).
 
 Sources: Gong et al., ICML 2019 (progressive); Reddi et al., ICML 2023 (gradual); Yang et al., arXiv 2011.13635 (mslt);
 Saunshi et al., NeurIPS 2024 (midas); Du et al., arXiv 2405.15319 and Bu, arXiv 2511.04981 (jump).
@@ -52,8 +53,8 @@ SOURCES = {"stacking": stacking, "mslt": stacking, "progressive": progressive, "
 
 
 def grow(tensors, sources):
-    """Rearrange the tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") by `sources`. Every layer gets
-    storage of its own. Names without a block number stay."""
+    """Rearrange the tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") by `sources`. Every layer
+    gets storage of its own. Names without a block number stay."""
     grown = {name: tensor.clone() for name, tensor in tensors.items() if "blocks." not in name}
     split = [re.split(r"blocks\.(\d+)\.", name) for name in tensors if "blocks." in name]
     in_block = sorted({(before, after) for before, _, after in split})

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py --config configs/bert_base.toml          the paper's size
 
 The same command continues a run that was stopped. Every flag: python train.py --help (engine/options.py).
-Not here: which layers train (raptr.py, stacking.py, methods/), the model (model.py), the batches (data.py), what happens
-between several processes (engine/parallel.py) and in the run folder (engine/runs.py).
+Not here: which layers train (raptr.py, stacking.py, methods/), the model (model.py), the batches (data.py), what
+happens between several processes (engine/parallel.py) and in the run folder (engine/runs.py).
 """
 
 import sys
@@ -104,8 +104,8 @@ def learning_rate(args, step, since_growth=math.inf):
 def loss_and_gradients(model, batch, subnetwork, micro_batch, dropout_seed, autocast, ranks):
     """(loss, gradients) of this rank's share of a batch, taken `micro_batch` sequences at a time.
 
-    The loss is the rank's part of the mean over all targets of the batch. There is one gradient per parameter, None if the
-    subnetwork skipped it. The model is left without gradients.
+    The loss is the rank's part of the mean over all targets of the batch. There is one gradient per parameter, None
+    if the subnetwork skipped it. The model is left without gradients.
     """
     targets = int((batch[2] != data.NO_TARGET).sum())
 
@@ -131,7 +131,8 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
     """Update the part of a model that `subnetwork` names (None: all of it). Returns (loss, gradient norm, bytes sent).
 
     batch: three arrays of the whole batch, the last one targets; every rank trains on its share. args: --micro_batch,
-    --clip and --skipped_grad count. Raises NotFinite, before anything is updated, if the loss or the norm is not finite.
+    --clip and --skipped_grad count. Raises NotFinite, before anything is updated, if the loss or the norm is not
+    finite.
     """
     cut = width.cut(model, subnetwork, optimizer)  # of RaPTr in width: empty otherwise
     rank_loss, gradients = loss_and_gradients(model, batch, subnetwork, args.micro_batch, dropout_seed, autocast, ranks)
@@ -161,8 +162,8 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
 
 @torch.no_grad()
 def evaluate(model, batch, subnetworks, micro_batch, autocast, ranks):
-    """Mean loss, in nats, on a fixed batch of tensors, the last one targets. Each of several subnetworks gets an equal share
-    of the sequences.
+    """Mean loss, in nats, on a fixed batch of tensors, the last one targets. Each of several subnetworks gets an
+    equal share of the sequences.
 
     The ranks take turns of `micro_batch` sequences. They run equally many forward passes, as FSDP2 needs; the surplus
     is ignored.
@@ -297,11 +298,12 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         cost = subnetwork.cost() if subnetwork else len(layers)
         run.flops += round(transformer.flops(config, args.batch, objective.head_positions(batch), cost))
         run.seconds += took
-        extra = {"width": subnetwork.width.share} if subnetwork and subnetwork.width else {}
-        run.record("step", step=step, loss=loss, grad_norm=norm, lr=lr, stage=method.stage(step), layers=layers, **extra,
-                   tokens=step * args.batch * args.seq, flops=run.flops, seconds=took, bytes_reduced=sent)  # fmt: skip
+        share = {"width": subnetwork.width.share} if subnetwork and subnetwork.width else {}
+        tokens, stage = step * args.batch * args.seq, method.stage(step)
+        run.record("step", step=step, loss=loss, grad_norm=norm, lr=lr, stage=stage, layers=layers, **share,
+                   tokens=tokens, flops=run.flops, seconds=took, bytes_reduced=sent)  # fmt: skip
         speed = args.batch * args.seq / took
-        bar.set_postfix_str(f"loss {loss:.3f}, stage {method.stage(step)}, {len(layers)} layers, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.3f}, stage {stage}, {len(layers)} layers, {speed:,.0f} tokens/s")
         bar.update()
 
         # 5. Evaluate the full model, and beside it some paths of each length; save.

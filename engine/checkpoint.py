@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, verified, never half-written, and no pickle anywhere.
 
-A checkpoint is a folder RUN/step_00000100/ with tensor files, meta.json and, written last, manifest.json, which holds the
-size and SHA-256 of every other file. It is built under a temporary name, flushed to disk, and renamed when complete: a
-folder with the final name is complete, and a byte that changed later is found before anything is loaded.
+A checkpoint is a folder RUN/step_00000100/ with tensor files, meta.json and, written last, manifest.json, which holds
+the size and SHA-256 of every other file. It is built under a temporary name, flushed to disk, and renamed when
+complete: a folder with the final name is complete, and a byte that changed later is found before anything is loaded.
 Not here: when a run saves (engine/runs.py, train.py).
 """
 
@@ -28,8 +28,8 @@ from engine.errors import NoCheckpoint, NotFinite, UserError
 
 
 def state(model, optimizer):
-    """All that a checkpoint holds, as {file: {name: tensor}}. Sharded tensors are gathered, so all ranks must ask. Moments
-    bear the names of their weights."""
+    """All that a checkpoint holds, as {file: {name: tensor}}. Sharded tensors are gathered, so all ranks must ask.
+    Moments bear the names of their weights."""
     weights = {name: parallel.full(p.detach()) for name, p in model.named_parameters()}
     moments = {f"{key}.{name}": m for name, p in model.named_parameters() for key, m in optimizer.state[p].items()}
     assert len(moments) == 3 * len(weights)
@@ -57,8 +57,8 @@ def load_moments(model, optimizer, tensors):
 
 
 def lock(run):
-    """Create a run folder if need be, and lock it. Returns the open lock file: the lock ends when it is closed, or with the
-    process. Raises UserError if another process has the lock, or the folder cannot be written."""
+    """Create a run folder if need be, and lock it. Returns the open lock file: the lock ends when it is closed, or
+    with the process. Raises UserError if another process has the lock, or the folder cannot be written."""
     try:
         Path(run).mkdir(parents=True, exist_ok=True)
         file = open(Path(run, ".lock"), "w")
@@ -95,8 +95,8 @@ def step_of(folder):
 
 
 def save(run, step, tensors, meta, keep=2, keep_every=0):
-    """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep` and those of every
-    `keep_every`-th step (0: none).
+    """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep` and those of
+    every `keep_every`-th step (0: none).
 
     tensors: {file name: {tensor name: tensor}}; meta: a JSON object.
     Raises OSError (a full disk, say), which leaves the older ones as they were, or NotFinite before it writes anything.
@@ -169,7 +169,8 @@ def load(folder, device="cpu"):
 def load_newest(run):
     """(tensors, meta) of the newest good checkpoint of a run, or None if there has never been one.
 
-    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted. Raises NoCheckpoint if all are bad.
+    Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted. Raises NoCheckpoint if all are
+    bad.
     """
     reasons = [f"{path.name}: set aside earlier" for path in sorted(Path(run).glob("step_*.corrupt*"))]
     for folder in reversed(folders(run)):

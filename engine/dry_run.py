@@ -2,22 +2,22 @@
 
     python train.py --config configs/bert_base.toml --dry_run --gpus 8 --device cuda
 
-Memory is not a formula: the model takes one training step on fake tensors, which have shapes but no contents, and torch's
-own tracker counts what is alive. Hours are FLOPs / (GPUs x peak x MFU): --mfu is an assumption of yours, not a measurement.
---device says which machine is meant; on a GPU attention is fused, and a compiled block needs less than is shown here.
-Not here: how much a run really takes (bench.py).
+Memory is not a formula: the model takes one training step on fake tensors, which have shapes but no contents, and
+torch's own tracker counts what is alive. Hours are FLOPs / (GPUs x peak x MFU): --mfu is an assumption of yours, not
+a measurement. --device says which machine is meant; on a GPU attention is fused, and a compiled block needs less than
+is shown here. Not here: how much a run really takes (tools/bench.py).
 """
 
 import functools
 import math
 import warnings
 
-import denoisers
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import data
 import methods
 import model as transformer
 from raptr import mean_layers
@@ -27,7 +27,8 @@ GB = 1e9
 
 
 def step_memory(config, sequences, targets, bf16, gpu):
-    """Bytes at the peak of one step of one process, on `sequences` sequences with `targets` positions in each for the head."""
+    """Bytes at the peak of one step of one process, on `sequences` sequences with `targets` positions in each for the
+    head."""
     was = transformer.explicit
     transformer.explicit = lambda q: bf16 and not gpu
     try:
@@ -61,28 +62,25 @@ def step_memory(config, sequences, targets, bf16, gpu):
 
 def costs(args):
     """Everything that is printed, as a dict: bytes, FLOPs, hours. `args`: the flags of train.py, parsed."""
-    config = transformer.Config.of(args, denoisers.model_vocab(args))
-    method, targets = methods.choose(args), denoisers.targets_per_row(args)
+    objective = data.objective(args)
+    config = transformer.Config.of(args, objective.model_vocab)
+    method, targets = methods.choose(args), objective.targets_per_row()
     price = functools.partial(transformer.flops, config, args.batch, targets)
     mean, P, W = mean_layers(method, args.steps), transformer.parameters(config), args.gpus
     gpu = args.device in ("auto", "cuda")
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
-    activations = (
-        step_memory(config, args.micro_batch, targets, bf16, gpu) - 12 * P
-    )  # weights and two moments, 4 bytes each
+    state = 12 * P  # weights and two moments, 4 bytes each
+    activations = step_memory(config, args.micro_batch, targets, bf16, gpu) - state
     logits = 4 * config.padded_vocab * min(args.loss_chunk or math.inf, math.ceil(args.micro_batch * targets))
     count = args.batch // args.micro_batch // W  # micro-batches of a process
     waiting = math.ceil(math.log2(count)) if count > 1 else 0  # gradients set aside while the next are computed
     share = W if args.fsdp else 1
     block = sum(p.numel() for p in meta_block(config).parameters())
-    gathered = (
-        4 * 2 * (P - config.layers * block + block) if args.fsdp else 0
-    )  # head and embedding, and a block, with gradients
+    gathered = 4 * 2 * (P - config.layers * block + block) if args.fsdp else 0  # embedding, head, a block; gradients
     sums = 0 if args.fsdp or W == 1 else 4 * P  # the buffer of the all-reduce
     fixed = {"weights": 4 * P / share, "gradients": 4 * P / share, "moments": 8 * P / share}
-    total = max(
-        fixed["weights"] + fixed["moments"] + waiting * fixed["gradients"] + activations, sum(fixed.values()) + sums
-    )
+    in_backward = fixed["weights"] + fixed["moments"] + waiting * fixed["gradients"] + activations
+    total = max(in_backward, sum(fixed.values()) + sums)
     flops, tokens = args.steps * price(mean), args.steps * args.batch * args.seq
     return {
         "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered,
@@ -106,25 +104,23 @@ def show(args):
     machine = "CPU" if args.device == "cpu" else "GPU"
     parts = ", ".join(f"{name} {c[name] / GB:.1f}" for name in ("weights", "gradients", "moments", "activations"))
     parts += f" (logits {c['logits'] / GB:.1f})" + (f", gathered {c['gathered'] / GB:.1f}" if args.fsdp else "")
+    relative = f"{c['relative_flops_layers']:.3f}x in layers, {c['relative_flops_step']:.3f}x in whole steps"
+    memory = (
+        f"{c['memory'] / GB:.1f} GB for each {machine}: {engine} on {args.gpus}, {args.micro_batch} sequences at a time"
+    )
     rows = [
         ("model", f"{args.layers} x {args.width}, {size} parameters"),
         ("run", f"{args.method}, {args.steps:,} steps of {args.batch} x {args.seq} tokens"),
         ("FLOPs", f"{c['flops_per_step']:.3e} a step, {c['flops']:.3e} in all"),
-        (
-            "relative FLOPs",
-            f"{c['relative_flops_layers']:.3f}x in layers, {c['relative_flops_step']:.3f}x in whole steps",
-        ),
-        (
-            "memory",
-            f"{c['memory'] / GB:.1f} GB for each {machine}: {engine} on {args.gpus}, {args.micro_batch} sequences at a time",
-        ),
+        ("relative FLOPs", relative),
+        ("memory", memory),
         ("", f"{parts}; not all at once"),
         ("tokens", f"{c['tokens'] / 1e9:.3g}B, {c['corpus'] / GB:,.0f} GB on disk if none is to come twice"),
         ("checkpoints", f"{c['checkpoint'] / GB:.1f} GB each, at most {c['checkpoints']} at a time"),
         ("time", f"{c['hours']:,.1f} hours, if each {machine} does {args.mfu:.0%} of {args.peak:g} TFLOP/s"),
     ]
     if args.device == "cpu":
-        rows[-1] = ("time", "bench.py measures it on this machine")
+        rows[-1] = ("time", "python -m tools.bench measures it on this machine")
         rows.insert(6, ("", "up to half as much again where malloc keeps what is freed, as train.py asks it to"))
     print("\n" + "\n".join(f"  {name:15} {text}" for name, text in rows) + "\n")
     return 0

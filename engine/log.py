@@ -99,16 +99,15 @@ def summarize(run):
     """What a person wants to know of a finished run."""
     events = read_log(run)
     first, last = next(e for e in events if e["event"] == "run"), events[-1]
-    layers, steps = first["relative_flops_layers"], first["relative_flops_step"]
+    layers, step = first["relative_flops_layers"], first["relative_flops_step"]
     tokens = [e for e in events if e["event"] == "step"][-1]["tokens"]
     figure = draw_run(run)
-    print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {span(last['seconds'])} of training\n")
-    print(
-        f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {first['unigram_loss']:.3f}"
-    )
+    took, frequency = span(last["seconds"]), first["unigram_loss"]
+    print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {took} of training\n")
+    print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {frequency:.3f}")
     print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
     print(
-        f"  all FLOPs       full training costs {steps:.3f} times as many ({1 - 1 / steps:.1%} saved): the head always runs"
+        f"  all FLOPs       full training costs {step:.3f} times as many ({1 - 1 / step:.1%} saved), as the head always runs"
     )
     print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{max(run.glob('step_*[0-9]')).name}\n")
 

@@ -40,7 +40,8 @@ def settings(threads=0, deterministic=False):
 
 
 def steady_memory():
-    """Keep freed memory instead of returning it to Linux after every large tensor: 5-10% faster steps, far less noise."""
+    """Keep freed memory instead of returning it to Linux after every large tensor: 5-10% faster steps, far less
+    noise."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -48,7 +49,8 @@ def steady_memory():
 
 
 class StopSignals:
-    """Catches SIGTERM and SIGINT. The first lets the step finish and the state be saved, the second ends the process."""
+    """Catches SIGTERM and SIGINT. The first lets the step finish and the state be saved, the second ends the
+    process."""
 
     def __init__(self):
         self.received = None

@@ -3,8 +3,8 @@
     python train.py --log_to tensorboard            pip install tensorboard; then: tensorboard --logdir out
     python train.py --log_to tensorboard,wandb      pip install wandb; offline: WANDB_MODE=offline
 
-log.jsonl stays the run's only record: these see what is written to it. A run that goes on after a stop takes back, in
-TensorBoard, what was logged beyond its checkpoint; Weights & Biases ignores what comes twice.
+log.jsonl stays the run's only record; these show what is written to it. When a run resumes, TensorBoard drops what was
+logged after its checkpoint, and Weights & Biases ignores what comes twice.
 """
 
 import importlib.util
@@ -15,12 +15,11 @@ from engine.errors import UserError
 
 def numbers(event, facts):
     """{name: number} of a logged event: step/loss, step/layers (how many), eval/loss, eval/loss_6_layers, ..."""
-    found = {
-        f"{event}/{name}": value for name, value in facts.items() if type(value) in (int, float) and name != "step"
-    }
+    scalars = {name: value for name, value in facts.items() if type(value) in (int, float) and name != "step"}
+    values = {f"{event}/{name}": value for name, value in scalars.items()}
     if event == "step":
-        found["step/layers"] = len(facts["layers"])
-    return found | {f"{event}/loss_{k}_layers": loss for k, loss in facts.get("subnetworks", {}).items()}
+        values["step/layers"] = len(facts["layers"])
+    return values | {f"{event}/loss_{k}_layers": loss for k, loss in facts.get("subnetworks", {}).items()}
 
 
 def tensorboard(run, step, flags):
@@ -51,7 +50,7 @@ KINDS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def check(names):
-    """ValueError unless each of "tensorboard,wandb" is one of these, and installed."""
+    """Raise UserError unless each of "tensorboard,wandb" is one of these, and installed."""
     for name in names.split(",") if names else []:
         if name not in KINDS:
             raise UserError(f"--log_to {name}: must be of {', '.join(KINDS)}")

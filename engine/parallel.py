@@ -60,8 +60,8 @@ class Ranks:
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
     def gather(self, *numbers, code=0):
-        """Up to three numbers of every rank, as [(a, b, c), ...] by rank, with 0 for those not given if there are several
-        ranks. Raises Left if a rank has left."""
+        """Up to three numbers of every rank, as [(a, b, c), ...] by rank, with 0 for those not given if there are
+        several ranks. Raises Left if a rank has left."""
         if self.size == 1:
             return [numbers]
         mine = torch.tensor([code, *numbers, *[0] * (3 - len(numbers))], dtype=torch.float64)  # exact up to 2^53
@@ -87,8 +87,9 @@ class Ranks:
         return any(stop for _, _, stop in rows)
 
     def first_does(self, work):
-        """Call work() on rank 0 and return its result, a JSON value, on all ranks. However long it takes, the others wait
-        outside of any collective, where no time-out counts. Raises Left on the others if it ends the run on rank 0."""
+        """Call work() on rank 0 and return its result, a JSON value, on all ranks. However long it takes, the others
+        wait outside of any collective, where no time-out counts. Raises Left on the others if it ends the run on rank
+        0."""
         if self.size == 1:
             return work()
         self.waits += 1
@@ -138,7 +139,8 @@ class Ranks:
     # --- adding -----------------------------------------------------------------------------------------------------
 
     def reduce(self, gradients):
-        """Sums over ranks of gradients, as views of one buffer, from one all-reduce. FSDP2 has summed its own already."""
+        """Sums over ranks of gradients, as views of one buffer, from one all-reduce. FSDP2 has summed its own
+        already."""
         if self.size == 1 or any(isinstance(g, DTensor) for g in gradients):
             return gradients
         flat = torch.cat([g.flatten() for g in gradients])
@@ -171,8 +173,8 @@ class Ranks:
 
 
 def run(main, args):
-    """Call main(ranks), and turn what ends the run into an exit code and one sentence on stderr, said by one rank. Returns
-    the code. An exception that is no Exit, and does not come from a lost process, keeps its traceback."""
+    """Call main(ranks), and turn what ends the run into an exit code and one sentence on stderr, said by one rank.
+    Returns the code. An exception that is no Exit, and does not come from a lost process, keeps its traceback."""
     ranks, code, reason = None, 0, ""
     try:
         ranks = Ranks(machine.choose(args.device, args.dtype)[0], args.timeout)
@@ -203,8 +205,8 @@ def is_lost(error):
 
 
 def pairwise(part, first, last, add):
-    """The sum of part(first) .. part(last - 1), added by halves. The order does not depend on who computes which half, so
-    one and two processes get the same bits."""
+    """The sum of part(first) .. part(last - 1), added by halves. The order does not depend on who computes which
+    half, so one and two processes get the same bits."""
     if last - first == 1:
         return part(first)
     middle = (first + last) // 2

@@ -1,7 +1,7 @@
 """Run folders: opened for training, resumed, saved to; and opened again by whatever comes after training.
 
-A run folder out/NAME/ holds config.json (the flags), log.jsonl (every step), step_XXXXXXXX/ (checkpoints) and its tokenizer.
-Not here: what a checkpoint is (engine/checkpoint.py), the training loop (train.py).
+A run folder out/NAME/ holds config.json (the flags), log.jsonl (every step), step_XXXXXXXX/ (checkpoints) and its
+tokenizer. Not here: what a checkpoint is (engine/checkpoint.py), the training loop (train.py).
 """
 
 import json
@@ -60,7 +60,8 @@ class Run:
         self.flops, self.seconds = meta["flops"], meta["seconds"]
 
     def restore(self, model, optimizer, initial=None):
-        """Copy the newest checkpoint into a model and its optimizer. initial: tensors to begin a new run with, or None."""
+        """Copy the newest checkpoint into a model and its optimizer. initial: tensors to begin a new run with, or
+        None."""
         tensors = self.newest[0] if self.newest else initial
         if tensors:
             checkpoint.load_weights(
@@ -71,8 +72,8 @@ class Run:
         self.newest = None  # memory
 
     def open_log(self):
-        """Open log.jsonl for appending. Drops what it holds of steps after the checkpoint: they come again. Returns whether
-        the run has ended already."""
+        """Open log.jsonl for appending. Drops what it holds of steps after the checkpoint: they come again. Returns
+        whether the run has ended already."""
         events, path = [], self.folder / "log.jsonl"
         if self.ranks.first:
             if self.step and path.exists():
@@ -92,8 +93,8 @@ class Run:
             show(event, facts)
 
     def save(self, step, model, optimizer, last):
-        """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time, raises SaveFailed;
-        else training goes on, older checkpoints stay, and the next interval tries again."""
+        """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time, raises
+        SaveFailed; else training goes on, older checkpoints stay, and the next interval tries again."""
         tensors = checkpoint.state(model, optimizer)  # under FSDP2 all ranks gather it
         meta = {"step": step, "flops": self.flops, "seconds": self.seconds, "flags": self.flags}
         meta["tokenizer_sha256"] = self.tokenizer_sha256
@@ -114,8 +115,8 @@ class Run:
 
 
 def check_config(folder, flags):
-    """Write config.json, or compare with it. Returns {flag: [then, now]} of those that may change and did. Raises UserError
-    if the folder belongs to a run with other flags or another text."""
+    """Write config.json, or compare with it. Returns {flag: [then, now]} of those that may change and did. Raises
+    UserError if the folder belongs to a run with other flags or another text."""
     if not (folder / "config.json").exists():
         log.write(folder / "config.json", json.dumps(flags, indent=1))
     before = read_config(folder)
@@ -167,8 +168,8 @@ def initial_weights(args, config, depth, tokenizer_sha256):
 
 
 def load_run(run, device="cpu"):
-    """(model, tokenizer, flags) of a run folder, from its newest checkpoint. Raises UserError if it is not a run folder, or
-    has no good checkpoint."""
+    """(model, tokenizer, flags) of a run folder, from its newest checkpoint. Raises UserError if it is not a run
+    folder, or has no good checkpoint."""
     run = Path(run)
     try:
         given = json.loads((run / "config.json").read_text())
@@ -195,8 +196,8 @@ def load_run(run, device="cpu"):
 
 
 def own_text(run, flags):
-    """The corpus that a run was trained on. Raises UserError if --data names another text now: the run's tokens would mean
-    nothing in it."""
+    """The corpus that a run was trained on. Raises UserError if --data names another text now: the run's tokens would
+    mean nothing in it."""
     corpus = open_corpus(flags.data, flags.vocab)
     if getattr(flags, "data_fingerprint", None) != corpus.fingerprint:
         raise UserError(f"{run}: {corpus.folder} is not the text it was trained on")

@@ -1,4 +1,5 @@
-"""--method NAME: the object that says, step by step, which part of the network trains. No torch, so that --help is fast.
+"""--method NAME: the object that says, step by step, which part of the network trains. No torch, so that --help is
+fast.
 
 To add a method, write a class built on raptr.Full, whose docstrings say what to answer, and add one line to METHODS.
 """

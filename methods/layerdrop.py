@@ -80,8 +80,8 @@ def layerdrop(layers, steps=None, mean_depth=None, seed=0):
 
 
 def decreasing(layers, steps, mean_depth=None, seed=0):
-    """Decreasing layer dropout: layer l of 0 .. L-1 is dropped with probability p_max * l/(L-1) * (1 - t/(T-1)), and the
-    update of a kept layer is divided by its keep probability.
+    """Decreasing layer dropout: layer l of 0 .. L-1 is dropped with probability p_max * l/(L-1) * (1 - t/(T-1)), and
+    the update of a kept layer is divided by its keep probability.
 
     p_max: 1, the published default, or what makes the run's mean depth `mean_depth`.
     The paper draws for each sequence; this draws once for the batch, as all methods here do, so that a dropped layer
@@ -103,8 +103,9 @@ def decreasing(layers, steps, mean_depth=None, seed=0):
 
 
 class Ramp(Full):
-    """Residual ramp: layer l of 1 .. L is scaled by min(1, t / (l * grow)), so deeper layers come in later. The last layer
-    reaches 1 after a quarter of the steps (a guess of ours). Nothing is skipped, so it costs what full training costs."""
+    """Residual ramp: layer l of 1 .. L is scaled by min(1, t / (l * grow)), so deeper layers come in later. The last
+    layer reaches 1 after a quarter of the steps (a guess of ours). Nothing is skipped, so it costs what full training
+    costs."""
 
     def __init__(self, layers, steps):
         super().__init__(layers)

@@ -4,7 +4,8 @@ The value (`NarrowSubnetwork`), its sampler (`RandomWidth`), and the cut: for on
 runs, and their moments in the optimizer, are replaced by copies of the rows or columns that are kept. Forward pass,
 backward pass, clipping, the exchange of gradients and AdamW then see a narrower network and cost as much less; what is
 not kept rests. Norms, and the biases of what writes to the residual stream, stay as they are.
-Not here: RaPTr in depth, which this extends (raptr.py); the block, which runs with however many heads it has (model.py).
+Not here: RaPTr in depth, which this extends (raptr.py); the block, which runs with however many heads it has
+(model.py).
 
     python -m methods.width     the shapes of a cut block, and a check against the whole network, masked
 
@@ -23,8 +24,8 @@ from raptr import RaPTr, Subnetwork, draw_layers, path_scale
 
 @dataclass(frozen=True)
 class Width:
-    """Which part of their width the kept layers train. A layer is cut into as many slices as it has heads. A slice is one
-    head, or the same share of the hidden neurons: of 4 heads and 512 neurons, 128 neurons that stand side by side.
+    """Which part of their width the kept layers train. A layer is cut into as many slices as it has heads. A slice is
+    one head, or the same share of the hidden neurons: of 4 heads and 512 neurons, 128 neurons that stand side by side.
 
     heads, neurons: for each kept layer, the slices that are kept, ascending. Every layer keeps the same number of each.
     scale: multiplies what the kept heads and neurons pass on.
@@ -72,8 +73,8 @@ def draw_width(rng, share, slices, layers):
 class RandomWidth(RaPTr):
     """RaPTr whose stages of k of L layers take away width.
 
-    part: "width" keeps all layers, and a share k / L of each; "both" keeps a share sqrt(k / L) of the layers, and of the
-        width of each. Both cost as much as k layers.
+    part: "width" keeps all layers, and a share k / L of each; "both" keeps a share sqrt(k / L) of the layers, and of
+        the width of each. Both cost as much as k layers.
     slices: the number of attention heads.
     """
 
@@ -112,8 +113,8 @@ COLUMNS = {"heads": ("attention.out.weight",), "neurons": ("mlp.down.weight",)}
 
 
 def cut(model, subnetwork, optimizer=None):
-    """Narrow the blocks of `subnetwork` to its width, in place, with their moments. Returns what `restore` needs: a list,
-    empty if the blocks keep their whole width."""
+    """Narrow the blocks of `subnetwork` to its width, in place, with their moments. Returns what `restore` needs: a
+    list, empty if the blocks keep their whole width."""
     import torch  # here, so that the sampler does without
 
     taken = []
@@ -183,9 +184,8 @@ def demo():
     path = RandomWidth([Stage(1, 9, 2)], 4, {0, 3}, part="width", slices=8).subnetwork(1)
     shapes = {name: p.shape for name, p in model.blocks[0].named_parameters()}
     taken = cut(model, path)
-    print(
-        f"\n  Heads {path.width.heads[0]} and eighths {path.width.neurons[0]} of the neurons, of the first of 4 layers\n"
-    )
+    heads, neurons = path.width.heads[0], path.width.neurons[0]
+    print(f"\n  Heads {heads} and eighths {neurons} of the neurons, of the first of 4 layers\n")
     for name, p in model.blocks[0].named_parameters():
         print(
             f"    {name:22} {str(tuple(shapes[name])):12} {tuple(p.shape) if p.shape != shapes[name] else ''}".rstrip()

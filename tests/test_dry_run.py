@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from engine import ROOT
 from engine import dry_run, options
 from test_train import command
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT
+from engine import ROOT
 from engine import checkpoint, options
 from processes import Run
 from raptr import Subnetwork
@@ -211,7 +211,7 @@ def test_every_kind_of_damage_to_every_file_is_found(tmp_path):
 
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path):
-    with pytest.raises(checkpoint.NotFinite, match="weight"):
+    with pytest.raises(NotFinite, match="weight"):
         checkpoint.save(tmp_path, 1, {"model": {"weight": torch.tensor([1.0, float("nan")])}}, {"step": 1})
     assert not list(tmp_path.iterdir())
 
@@ -271,8 +271,8 @@ def test_a_signal_to_any_process_stops_all_at_one_step(flags, world, rank, name,
 
 
 def slow(rank):
-    step = train.loss_and_gradients
-    train.loss_and_gradients = lambda *args: (time.sleep(5), step(*args))[1]
+    step = train.train_step
+    train.train_step = lambda *args: (time.sleep(5), step(*args))[1]
 
 
 def test_a_second_signal_ends_it_at_once(flags):
@@ -330,13 +330,13 @@ def test_fsdp_trains_as_data_parallel_does(flags, method, tmp_path):
 def test_skipped_layers_are_not_sent(flags, tmp_path):
     assert Run(flags, world=2).end()[0] == [0, 0]
     by_length = {len(e["layers"]): e["bytes_reduced"] for e in events(tmp_path / "run", "step")}
-    layer = 4 * sum(p.numel() for p in train.transformer.Block(train.transformer.Config(4, 64, 4, 256)).parameters())
+    layer = 4 * sum(p.numel() for p in transformer.Block(transformer.Config(4, 64, 4, 256)).parameters())
     assert by_length[3] - by_length[2] == by_length[4] - by_length[3] == layer
 
 
 def astray(rank):
     """Process 1 has another path at step 6."""
-    choose = train.methods.choose
+    choose = methods.choose
 
     def other(args):
         method = choose(args)
@@ -344,7 +344,7 @@ def astray(rank):
         method.subnetwork = lambda step: Subnetwork((0,)) if (rank, step) == (1, 6) else own(step)
         return method
 
-    train.methods.choose = other
+    methods.choose = other
 
 
 @pytest.mark.parametrize("more", [[], ["--fsdp"]])
@@ -358,7 +358,7 @@ def test_ranks_on_different_paths(flags, more, tmp_path):
 
 def poisoned(rank):
     """A weight of the last process becomes NaN before step 6."""
-    step, calls = train.loss_and_gradients, []
+    step, calls = train.train_step, []
 
     def poison(model, *args):
         calls.append(1)
@@ -367,7 +367,7 @@ def poisoned(rank):
                 model.blocks[0].mlp.down.bias[3] = float("nan")
         return step(model, *args)
 
-    train.loss_and_gradients = poison
+    train.train_step = poison
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -376,7 +376,7 @@ def test_a_loss_that_is_not_finite_on_any_rank(flags, world, tmp_path):
     said = [e for e in errors if "step 6" in e]
     assert codes == [3] * world and len(said) == 1 and "layers [0, 1, 2, 3]" in said[0], errors
     args = options.parse([*flags, "--method", "full"])
-    ids = train.data.Corpus(args.data).order(args.seed, 6, args.batch, args.seq)
+    ids = Corpus(args.data).order(args.seed, 6, args.batch, args.seq)
     expected = ids if world == 1 else ids[4:]  # those of the process that had it
     assert f"sequences {', '.join(map(str, expected))};" in said[0]
     assert checkpoint.folders(tmp_path / "run")[-1].name == "step_00000003"
@@ -511,7 +511,7 @@ def test_resuming_with_other_flags(flags, capsys):
         capsys.readouterr()
         code = train.start(now)
         error = capsys.readouterr().err
-        if name in train.MAY_CHANGE:
+        if name in runs.MAY_CHANGE:
             assert code == 0, (name, error)
             tried["taken"] += 1
         else:

@@ -45,8 +45,8 @@ def test_two_processes_agree_with_one(engine, flags, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("arch", ["bert", "ul2"])
 def test_the_presets_are_measured(device, arch, tmp_path, monkeypatch):
-    """bench.py --only presets, on small ones: what it says of FLOPs and time fits together."""
-    shown = script("bench.py", "--only", "presets", "--preset", f"{arch}_toy", "--device", device, "--sequences", 4,
+    """tools.bench --only presets, on small ones: what it says of FLOPs and time fits together."""
+    shown = script("tools.bench", "--only", "presets", "--preset", f"{arch}_toy", "--device", device, "--sequences", 4,
                    "--micro_batch", 2, "--rounds", 2, "--schedule", 4, "--peak", 1, "--json", tmp_path / "f.json")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     found = json.loads((tmp_path / "f.json").read_text())[f"{arch}_toy"]
@@ -57,7 +57,7 @@ def test_the_presets_are_measured(device, arch, tmp_path, monkeypatch):
 
 
 def test_a_wrong_preset_is_named():
-    shown = script("bench.py", "--only", "presets", "--preset", "bert_nowhere")
+    shown = script("tools.bench", "--only", "presets", "--preset", "bert_nowhere")
     assert shown.returncode == 2 and "bert_nowhere" in shown.stderr
-    shown = script("bench.py", "--only", "data", "--device", "cuda")
+    shown = script("tools.bench", "--only", "data", "--device", "cuda")
     assert shown.returncode == 2 and "--only presets" in shown.stderr

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as transformer
-from conftest import ROOT
+from engine import ROOT
 from model import BERT, Config
 from raptr import Subnetwork
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from conftest import ROOT
+from engine import ROOT
 from raptr import RaPTr, Stage, Subnetwork, mean_layers, stage_plan
 
 PINNED = {0, 11}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT
+from engine import ROOT
 from engine import options
 from processes import script
 from raptr import Subnetwork
@@ -90,7 +90,7 @@ def test_the_learning_rate_warms_up_and_decays():
 @pytest.mark.parametrize("skipped_grad", ["none", "zero"])
 def test_a_skipped_layer_rests(tiny, skipped_grad):
     run = go(tiny, "--steps", 7, "--save_every", 1, "--keep", 9, "--skipped_grad", skipped_grad, "--weight_decay", 0.1)
-    method = train.methods.choose(options.parse([*tiny, "--steps", "7"]))
+    method = methods.choose(options.parse([*tiny, "--steps", "7"]))
     touched = 0
     for step in range(2, 7):
         before, after = (load_file(run / f"step_{s:08d}" / "model.safetensors") for s in (step - 1, step))
@@ -111,7 +111,7 @@ def test_a_skipped_layer_rests(tiny, skipped_grad):
 
 
 def test_every_parameter_is_in_the_optimizer_once():
-    model = train.transformer.BERT(train.transformer.Config(layers=2, width=16, heads=2, mlp=32, vocab=100, seq=16))
+    model = transformer.BERT(transformer.Config(layers=2, width=16, heads=2, mlp=32, vocab=100, seq=16))
     optimizer = train.make_optimizer(model, options.parse(["--method", "full"]))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
@@ -348,7 +348,7 @@ def test_every_method_has_its_own_published_plan():
     """Of a plain `--method NAME`, with the presets as they are."""
     plans = {}
     for name in ("raptr", "stacking", "progressive", "midas", "mslt"):
-        plans[name] = [stage.length for stage in train.methods.choose(options.parse(["--method", name])).plan]
+        plans[name] = [stage.length for stage in methods.choose(options.parse(["--method", name])).plan]
     assert plans == {
         "raptr": [6, 8, 10, 12], "stacking": [6, 9, 12], "progressive": [3, 6, 12], "midas": [6, 9, 12], "mslt": [6, 9, 12, 12],
     }  # fmt: skip
@@ -378,7 +378,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_auto_stages_are_the_papers():
     for layers, stages in ((12, [6, 8, 10, 12]), (24, [12, 16, 20, 24])):
-        method = train.methods.choose(options.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
+        method = methods.choose(options.parse(["--layers", str(layers), "--stages", "auto", "--steps", "100"]))
         assert [stage.length for stage in method.plan] == stages
         assert isinstance(method.subnetwork(1), Subnetwork) and math.isclose(method.expected_layers(1), stages[0])
 

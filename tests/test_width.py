@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import methods
 import model as transformer
 import train
-from conftest import ROOT
+from engine import ROOT
 from engine import options
 from methods import width
 from raptr import RaPTr, Stage, mean_layers, stage_plan
@@ -58,8 +58,8 @@ def test_cut_equals_masked(config, part, scaling):
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
-    width.put(narrow, taken)
-    width.put(narrow, taken)  # nothing happens
+    width.restore(narrow, taken)
+    width.restore(narrow, taken)  # nothing happens
     for (name, a), b in zip(narrow.named_parameters(), dense.parameters()):
         assert torch.equal(a, b), name
         zero = torch.zeros_like(a)  # outside the kept layers neither has a gradient
@@ -79,7 +79,7 @@ def test_what_is_not_kept_rests():
     model(inputs(BERT), path).backward()
     optimizer.step()
     optimizer.zero_grad()
-    width.put(model, taken)
+    width.restore(model, taken)
     for layer, block in enumerate(model.blocks):
         moved = {name: p.detach() != before[f"blocks.{layer}.{name}"] for name, p in block.named_parameters()}
         head = moved["attention.out.weight"].view(64, 4, 16).any(0).any(1)
@@ -94,7 +94,7 @@ def test_what_is_not_kept_rests():
 @pytest.mark.parametrize("part", ["depth", "width", "both"])
 @pytest.mark.parametrize("k", [2, 2.7, 3.5])
 def test_a_stage_costs_the_same_whichever_part_it_takes(part, k):
-    costs = [path.cost(8) if (path := method(k, part).subnetwork(step)) else 4 for step in range(1, 4001)]
+    costs = [path.cost() if (path := method(k, part).subnetwork(step)) else 4 for step in range(1, 4001)]
     assert sum(costs) / 4000 == pytest.approx(k, rel=0.01)
 
 
@@ -124,7 +124,7 @@ def test_flops_agree_with_pytorchs_counter(config):
     targets = {"bert": 4, "ul2": 12}[config.arch]
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         model(inputs(config), path).backward()
-    assert counter.get_total_flops() == pytest.approx(transformer.flops(config, 3, targets, path.cost(3)), rel=0.02)
+    assert counter.get_total_flops() == pytest.approx(transformer.flops(config, 3, targets, path.cost()), rel=0.02)
 
 
 def test_stages_may_be_heads_or_parts():
