@@ -363,6 +363,22 @@ class UL2(Stack):
         written = targets != -100
         return self.cross_entropy(self.states(tokens, prefix, subnetwork)[written], targets[written])
 
+    @torch.no_grad()
+    def generate(self, prefixes, first, stop, banned, limit, subnetwork=None, choose=None):
+        """Write on after `prefixes`, lists (B) of token ids of one length, and the token `first`. Returns B lists of at
+        most `limit` ids, cut before one of `stop`, none of `banned`. choose: logits (B, V) to ids (B,); None: argmax."""
+        rows, done, past = [[] for _ in prefixes], [False] * len(prefixes), {}
+        token = torch.full((len(prefixes),), first, device=self.bias.device)
+        self.encode(token.new_tensor(prefixes), subnetwork, past=past)  # read in both directions: no mask
+        while not all(done) and len(max(rows, key=len)) < limit:  # `past` keeps what was read: one position a token
+            logits = self.predict(self.encode(token[:, None], subnetwork, past=past)[:, -1])
+            logits[:, banned] = -torch.inf
+            token = logits.argmax(-1) if choose is None else choose(logits)
+            for i, written in enumerate(token.tolist()):  # a row that is done stays in the batch, and is not kept
+                done[i] = done[i] or written in stop
+                rows[i] += [] if done[i] else [written]
+        return rows
+
 
 def make(config, seed=0):
     return {"bert": BERT, "ul2": UL2}[config.arch](config, seed)
