@@ -366,7 +366,7 @@ class UL2(Stack):
     @torch.no_grad()
     def generate(self, prefixes, first, stop, banned, limit, subnetwork=None, choose=None):
         """Write on after `prefixes`, lists (B) of token ids of one length, and the token `first`. Returns B lists of at
-        most `limit` ids, cut before one of `stop`, none of `banned`. choose: logits (B, V) to ids (B,); None: argmax."""
+        most `limit`, cut before one of `stop`, none of `banned`. choose: logits (B, V) to ids (B,); None: argmax."""
         rows, done, past = [[] for _ in prefixes], [False] * len(prefixes), {}
         token = torch.full((len(prefixes),), first, device=self.bias.device)
         self.encode(token.new_tensor(prefixes), subnetwork, past=past)  # read in both directions: no mask
