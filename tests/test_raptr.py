@@ -3,9 +3,13 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
 from engine import ROOT
-from raptr import RaPTr, Stage, Subnetwork, mean_layers, stage_plan
+from methods.width import NarrowSubnetwork, Width
+from model import BERT, Config
+from raptr import RaPTr, Stage, Subnetwork, mean_layers, over, stage_plan
+from stacking import PartlyFrozen
 
 PINNED = {0, 11}
 
@@ -153,8 +157,22 @@ def test_bad_fixed_sets_are_refused():
         RaPTr([Stage(1, 9, 1)], 12, {0, 11})
 
 
-def test_no_torch_and_a_demo():
-    subprocess.run([sys.executable, "-c", "import sys, raptr; assert 'torch' not in sys.modules"], check=True, cwd=ROOT)
+@pytest.mark.parametrize("name", ["raptr", "stacking", "methods", "engine.options", "engine.errors", "engine.log"])
+def test_no_torch_is_loaded(name):
+    code = f"import sys, {name}; assert not {{'torch', 'numpy'}} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_raptr_stands_alone(tmp_path):
+    """Copied into another folder, it runs with nothing but Python."""
+    (tmp_path / "raptr.py").write_text((ROOT / "raptr.py").read_text())
+    code = "import raptr; print(raptr.RaPTr([raptr.Stage(1, 9, 2)], 4, {0, 3}).subnetwork(1).layers)"
+    start = [sys.executable, "-S", "-c", code]  # -S: without installed packages
+    shown = subprocess.run(start, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert shown == "(0, 3)\n"
+
+
+def test_demo():
     shown = subprocess.run([sys.executable, "raptr.py"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert "1.333 times" in shown and shown.count("██") > 50
     bad = subprocess.run([sys.executable, "raptr.py", "--stages", "8-6"], cwd=ROOT, capture_output=True, text=True)
@@ -170,3 +188,124 @@ def test_the_readmes_own_method_in_twenty_lines():
         kept = method.subnetwork(step).layers
         assert len(kept) == (6 if step <= 100 else 9) and kept == tuple(range(kept[0], kept[-1] + 1)) and kept[-1] < 12
     assert method.subnetwork(201) is None and mean_layers(method, 300) == 9
+
+
+# ---- over: anybody's model
+
+
+def small(layers=4, **more):
+    return BERT(Config(layers, 32, 4, 64, 24, 100, 0.0, init_std=0.2, **more), seed=1)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("path", [Subnetwork((0, 2)), Subnetwork((0, 1, 3), (0.5, 2.0, 1.3)), Subnetwork(()), None])
+def test_over_runs_and_trains_what_encode_does(path, norm):
+    """model.py, which knows of subnetworks itself, against the same model under `over`: states, and every gradient."""
+    ours, theirs, tokens = small(norm=norm), small(norm=norm), torch.arange(48).view(2, 24)
+    weights = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    expected = ours.encode(tokens, path)
+    with over(theirs.blocks, path):
+        states = theirs.encode(tokens)
+        (states * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(states, expected)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-3), name
+    assert len(theirs.blocks) == 4 and torch.equal(theirs.encode(tokens), ours.encode(tokens))  # nothing stays behind
+
+
+def test_over_gives_the_layers_back_whatever_happens_inside():
+    model, tokens = small(), torch.arange(48).view(2, 24)
+    before = model.encode(tokens)
+    with pytest.raises(KeyError), over(model.blocks, Subnetwork((1,), (3.0,))):
+        raise KeyError
+    assert len(model.blocks) == 4 and torch.equal(model.encode(tokens), before)
+
+
+def test_over_refuses_what_it_cannot_do():
+    layers, width = small().blocks, Width(4, ((0,), (1,)), ((2,), (3,)), 2.0)
+    for subnetwork in (NarrowSubnetwork((0, 2), None, width), PartlyFrozen((0, 1), frozen=1)):
+        with pytest.raises(ValueError, match="cannot"), over(layers, subnetwork):
+            pytest.fail("it ran")
+    assert len(layers) == 4
+
+
+def decoder(**more):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+
+
+def encoder():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    more = {"num_attention_heads": 4, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **more))
+
+
+@pytest.mark.parametrize("make, where", [(decoder, "model.layers"), (encoder, "bert.encoder.layer")])
+def test_models_of_transformers_run_over_a_subnetwork(make, where):
+    model, tokens, states = make(), torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0)), []
+    layers = model.get_submodule(where)
+    layers[1].register_forward_hook(lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    loss = lambda: model(input_ids=tokens, labels=tokens).loss  # noqa: E731
+    full = loss()
+    with over(layers, None):
+        assert loss() == full
+    with over(layers, Subnetwork((0, 2))):
+        loss().backward()
+        assert len(layers) == 2
+    assert len(layers) == 4 and loss() == full and len(states) == 3  # layer 1 was not run over the path
+    grads = {i: [p.grad is not None for p in layers[i].parameters()] for i in range(4)}
+    assert all(grads[0]) and all(grads[2]) and not any(grads[1]) and not any(grads[3])
+    with over(layers, Subnetwork((0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0))):
+        torch.testing.assert_close(loss(), full)
+    with over(layers, Subnetwork((0, 1), (1.0, 0.0))):  # an update of nothing
+        scaled = loss()
+    with over(layers, Subnetwork((0,))):
+        torch.testing.assert_close(loss(), scaled)
+    assert not torch.isclose(scaled, full)
+
+
+def test_a_training_loop_with_it():
+    """The lines of the README: it learns, and what was never on a path has not moved."""
+    model = decoder()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    tokens = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(0))
+    method, skipped, losses = RaPTr([Stage(1, 30, 3)], 4, {0, 1, 3}), model.model.layers[2], []
+    before = [p.clone() for p in skipped.parameters()]
+    for step in range(1, 31):
+        with over(model.model.layers, method.subnetwork(step)):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1 and all(torch.equal(a, b) for a, b in zip(before, skipped.parameters()))
+
+
+def test_over_refuses_layers_of_several_kinds():
+    """Of Gemma 3's layers some attend to a window, and which ones is told by their place in the list."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not hasattr(transformers, "Gemma3ForCausalLM"):
+        pytest.skip("this transformers has no Gemma 3")
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16}
+    config |= {"num_key_value_heads": 1, "num_hidden_layers": 3, "sliding_window": 4}
+    make = lambda kinds: transformers.Gemma3ForCausalLM(  # noqa: E731
+        transformers.Gemma3TextConfig(**config, layer_types=kinds)
+    )
+    mixed = make(["sliding_attention", "full_attention", "sliding_attention"])
+    with (
+        pytest.raises(ValueError, match="full_attention, sliding_attention"),
+        over(mixed.model.layers, Subnetwork((1, 2))),
+    ):
+        pytest.fail("it ran")
+    assert len(mixed.model.layers) == 3
+    alike, tokens = make(["sliding_attention"] * 3), torch.arange(10)[None]
+    with over(alike.model.layers, Subnetwork((1, 2))):
+        alike(input_ids=tokens, labels=tokens).loss.backward()
+    assert [layer.mlp.up_proj.weight.grad is None for layer in alike.model.layers] == [True, False, False]
