@@ -106,7 +106,6 @@ DENOISERS = {
     "r3": Denoiser(0, 3, 0.15), "r8": Denoiser(0, 8, 0.15),  # regular
     "s": Denoiser(1, None, 0.25),  # sequential: a prefix language model
     "x3": Denoiser(2, 3, 0.5), "x8": Denoiser(2, 8, 0.5),  # extreme: much, or in long spans, or both
-    "x32": Denoiser(2, 32, 0.5),  # of Garcia et al. (arXiv 2302.01398), not one of UL2's seven
     "x64": Denoiser(2, 64, 0.15), "x64half": Denoiser(2, 64, 0.5),
     "x32": Denoiser(2, 32, 0.5),  # of Garcia et al. (arXiv 2302.01398); not one of UL2's seven
     "causal": Denoiser(1, 0, 1.0),  # a plain language model; not one of UL2's seven
@@ -151,18 +150,18 @@ def extra_tokens(seq):
 # The probability algebra of a span mask. A row has T + 1 tokens: a mode, the n - m tokens of text that stay, one
 # sentinel per span, then the target (one sentinel per span, the m tokens of the spans), and [SEP]. So with s spans
 #
-#     1 + (n - m) + s + s + m + 1 = T + 1,    n = T - 1 - 2 s.
-(1)  #
+#     1 + (n - m) + s + s + m + 1 = T + 1,    n = T - 1 - 2 s.    (1)
+#
 # T5's span mask begins with text and ends with a span, so a single long span is always the tail. Here the n tokens and
 # their spans lie on a circle that is cut at a random place: every position is equally often in a span. Of the n places
 # to cut, m - s lie inside a span (a span of l tokens has l - 1 of them), which then counts as two:
 #
-#     P(cut inside a span) = (m - s) / n,    which takes two tokens more: n = T - 1 - 2 (s + 1).
-(2)  #
+#     P(cut inside a span) = (m - s) / n,    which takes two tokens more: n = T - 1 - 2 (s + 1).    (2)
+#
 # We want m = rate * n, and spans of mean length `span`, so p = m / span spans in all, cut ones counted twice. With (1)
 #
-#     p = rate (T - 1 - 2 p) / span,    p = rate (T - 1) / (span + 2 rate),
-(3)  #
+#     p = rate (T - 1 - 2 p) / span,    p = rate (T - 1) / (span + 2 rate),    (3)
+#
 # and as p = s + (m - s) / n, where s / n = rate / span: s = p - rate (1 - 1 / span) on average. What is not whole is
 # rounded at random, so that its mean is right.
 #
