@@ -259,7 +259,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     for step in range(run.step + 1, args.steps + 1):
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)
-        if ranks.agree(step, subnetwork, signals.received):
+        if ranks.agree(step, subnetwork, bool(signals.received)):
             if run.saved < step - 1:
                 run.save(step - 1, model, optimizer, last=True)
             bar.close()
