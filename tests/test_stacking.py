@@ -4,14 +4,16 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import methods
+import model as transformer
 import stacking
 import train
-from engine import ROOT
-from engine import options, parallel
+from engine import ROOT, checkpoint, options, parallel
 from model import BERT, Config
-from raptr import Subnetwork, stage_plan
-from stacking import Stacking
+from raptr import Subnetwork, all_layers, mean_layers, stage_plan
+from stacking import PartlyFrozen, Stacking
 from test_train import events, go, same, trajectory, weights
 
 ALONE = parallel.Ranks("cpu", 60)
@@ -36,31 +38,29 @@ def test_which_layer_each_layer_comes_from(kind, n, m, expected):
     assert stacking.SOURCES[kind](n, m) == expected
 
 
-def test_a_jump_can_take_fresh_layers():
-    assert stacking.fresh(2, 5) == [0, 1, None, None, None]
+def copied(tensors):
+    """The tensors of a state, kept as they are now."""
+    return {kind: {name: tensor.clone() for name, tensor in group.items()} for kind, group in tensors.items()}
 
 
-def grown(sources, initial=None, moments="copy"):
-    """A model of 3 blocks that has taken a few steps, before and after a growth: weights and moments by name."""
-    torch.manual_seed(0)
+def grown(sources, moments="copy"):
+    """A model of 3 blocks that has taken a few steps, then grown; and its weights and moments by name, before and
+    after."""
     args = options.parse(["--method", "full", "--moments", moments])
-    initial = {name: p.detach().clone() for name, p in BERT(SMALL, args.seed).named_parameters()}
     model, optimizer = train.build(args, SMALL, 3, ALONE)
-    tokens = torch.randint(5, 64, (4, 8))
+    tokens = torch.randint(5, 64, (4, 8), generator=torch.Generator().manual_seed(0))
     for kept in [(0, 1, 2), (0, 2), (0, 1)]:
         model((tokens, tokens[:, :3] % 8, tokens[:, :3]), Subnetwork(kept)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    before = {
-        kind: {name: t.clone() for name, t in group.items()} for kind, group in train.state(model, optimizer).items()
-    }
-    model, optimizer = train.grow(before, sources, args, SMALL, ALONE)
-    return model, optimizer, before, train.state(model, optimizer), initial
+    before = copied(checkpoint.state(model, optimizer))
+    model, optimizer = train.grow(model, optimizer, sources, args, SMALL, ALONE)
+    return model, optimizer, before, checkpoint.state(model, optimizer)
 
 
 def test_weights_and_moments_follow_their_layer():
     sources = [0, 1, 2, 1, 2]
-    model, optimizer, before, after, _ = grown(sources)
+    model, optimizer, before, after = grown(sources)
     for kind in ("model", "optimizer"):
         for name, tensor in after[kind].items():
             if "blocks." in name:
@@ -73,21 +73,14 @@ def test_weights_and_moments_follow_their_layer():
 
 
 def test_moments_are_reset_on_demand():
-    _, _, before, after, _ = grown([0, 1, 2, 0, 1, 2], moments="reset")
+    _, _, before, after = grown([0, 1, 2, 0, 1, 2], moments="reset")
+    assert any(before["optimizer"][name].any() for name in before["optimizer"])
     assert all(torch.equal(after["model"][name], t) for name, t in before["model"].items())
     assert not any(t.any() for t in after["optimizer"].values())
 
 
-def test_fresh_layers_are_as_initialised_and_have_no_moments():
-    _, _, _, after, initial = grown([0, 1, 2, None, None, None])
-    for name, tensor in after["model"].items():
-        if name.startswith(("blocks.3", "blocks.4", "blocks.5")):
-            assert torch.equal(tensor, initial[name])
-            assert not after["optimizer"][f"exp_avg.{name}"].any() and not after["optimizer"][f"step.{name}"].any()
-
-
 def test_no_two_layers_share_storage_and_every_weight_trains():
-    model, optimizer, _, after, _ = grown([0, 1, 2, 0, 1, 2])
+    model, optimizer, _, after = grown([0, 1, 2, 0, 1, 2])
     pointers = [t.data_ptr() for group in after.values() for t in group.values()]
     assert len(pointers) == len(set(pointers))
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -109,19 +102,18 @@ def test_a_grown_network_of_idle_layers_computes_the_same():
     tokens = torch.randint(5, 64, (4, 8))
     expected = model.encode(tokens)
     args = options.parse(["--method", "full"])
-    tensors = train.state(model, train.make_optimizer(model, args))
-    model, _ = train.grow(tensors, stacking.stacking(3, 4), args, SMALL, ALONE)
+    model, _ = train.grow(model, train.make_optimizer(model, args), stacking.stacking(3, 4), args, SMALL, ALONE)
     assert len(model.blocks) == 4
     torch.testing.assert_close(model.encode(tokens), expected)
 
 
 def test_mslt_trains_only_what_is_new():
     method = Stacking(stacking.stacking, stage_plan([2, 3, 4, 4], 40, 4), 4, only_new=True)
-    assert [method.subnetwork(step) for step in (1, 11, 31)] == [None, Subnetwork((0, 1, 2), frozen=2), None]
+    assert [method.subnetwork(step) for step in (1, 11, 31)] == [None, PartlyFrozen((0, 1, 2), frozen=2), None]
     torch.manual_seed(0)
     model, tokens = BERT(SMALL), torch.randint(5, 64, (4, 8))
     batch = (tokens, tokens[:, :3] % 8, tokens[:, :3])
-    loss = model(batch, Subnetwork((0, 1, 2, 3, 4, 5), frozen=4))
+    loss = model(batch, PartlyFrozen((0, 1, 2, 3, 4, 5), frozen=4))
     loss.backward()
     assert loss.item() == model(batch).item()
     for name, p in model.named_parameters():
@@ -134,12 +126,8 @@ def test_mslt_trains_only_what_is_new():
 
 @pytest.mark.parametrize("only_new", [False, True])
 def test_frozen_layers_cost_what_pytorch_counts(only_new):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import model as transformer
-
     config = Config(layers=12, width=64, heads=4, mlp=256, seq=64, vocab=500, dropout=0.0)
-    subnetwork = Subnetwork(tuple(range(12)), frozen=8 if only_new else 0)
+    subnetwork = PartlyFrozen(tuple(range(12)), frozen=8) if only_new else all_layers(12)
     tokens = torch.randint(5, 500, (2, 64))
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         BERT(config)((tokens, tokens[:, :4] % 64, tokens[:, :4]), subnetwork).backward()
@@ -151,7 +139,7 @@ GROWING = {
     "progressive": ["--stages", "1-2-4"],
     "midas": ["--stages", "2-4"],
     "mslt": ["--stages", "2-3-4-4"],
-    "jump": ["--jump_from", "2", "--jump_init", "fresh"],
+    "jump": ["--stages", "2-4"],
 }
 
 
@@ -168,6 +156,15 @@ def test_a_run_continues_exactly_around_a_growth(tiny, name):
         go(tiny, *more)
         assert trajectory(run) == expected and same(weights(run), final)
         assert [{**g, "seconds": 0} for g in events(run, "grow")] == [{**g, "seconds": 0} for g in growths]
+
+
+def test_when_a_jump_comes():
+    """From 3 layers at a third of the steps, or where the mean depth is the one that was asked for."""
+    jump = lambda *more: methods.choose(options.parse(["--method", "jump", "--layers=12", "--steps=900", *more]))  # noqa: E731
+    assert jump().plan == [(1, 300, 3), (301, 900, 12)] and jump().sources(3, 12) == [0, 1, 2] * 4
+    assert jump("--stages=6-12").plan == [(1, 300, 6), (301, 900, 12)]
+    for more in ((), ("--stages=6-12",)):
+        assert mean_layers(jump("--mean_depth=9", *more), 900) == pytest.approx(9, abs=0.01)
 
 
 def test_a_full_warmup_trains_the_deep_network_first(tiny):
@@ -190,8 +187,8 @@ def test_a_growth_can_warm_up(tiny):
         ("--method midas --layers 5 --stages 3-5", "midas"),
         ("--method stacking --stages 2.5-4", "whole layers"),
         ("--method stacking --stages 0-4", "whole layers"),
-        ("--method jump --jump_from 4", "--jump_from"),
-        ("--method jump --mean_depth 2", "--jump_from"),
+        ("--method jump --stages 4-4", "--stages"),
+        ("--method jump --mean_depth 2", "--mean_depth"),
     ],
 )
 def test_growths_that_cannot_be_are_refused(tiny, flags, word, capsys):
