@@ -1,0 +1,180 @@
+"""What the studies share: intervals, differences paired by seed, exponents, runs of a results folder, Markdown tables.
+
+Not here: what is measured (compare.py, stability.py, polynomials.py). No torch.
+A run is one line of results/NAME/runs.jsonl: {"arm": its method, "seed": ..., and what was measured}.
+"""
+
+import math
+import statistics
+import subprocess
+from pathlib import Path
+
+import methods
+from engine import ROOT, options
+from engine.errors import UserError
+from engine.log import read_jsonl
+
+# Student's t: 97.5% of the distribution lies below it, for 1, 2, ... 20 degrees of freedom
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+        2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
+
+
+def interval(values):
+    """(mean, half width of its 95% interval by Student's t). The half width of a single value is None."""
+    n = len(values)
+    if n < 2:
+        return statistics.mean(values), None
+    t = T_95[min(n - 1, len(T_95)) - 1]  # beyond 20 degrees of freedom t falls by 6% at most
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def paired(runs, arm, other, value):
+    """value(run of arm, run of other) for every seed that both have, in order of the seeds. In one seed the arms start
+    from the same weights and see the same batches, so the noise that they share is not in a difference."""
+    by_name = {(run["arm"], run["seed"]): run for run in runs}
+    seeds = sorted(seed for name, seed in by_name if name == arm and (other, seed) in by_name)
+    return [value(by_name[arm, seed], by_name[other, seed]) for seed in seeds]
+
+
+def slope(points):
+    """Exponent a of y ~ x^a, by least squares of the logarithms of [(x, y), ...]."""
+    x, y = ([math.log(value) for value in values] for values in zip(*points))
+    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What the runs of a comparison say
+
+
+def read_runs(folder):
+    """The runs of a results folder. Raises UserError if it has none."""
+    file = Path(folder, "runs.jsonl")
+    if not file.exists():
+        raise UserError(f"{folder}: there is no runs.jsonl in it")
+    return read_jsonl(file)
+
+
+def event(run, name):
+    """The first event of this name."""
+    return next(e for e in run["events"] if e["event"] == name)
+
+
+def loss(run):
+    return event(run, "done")["loss"]
+
+
+def cost(run, kind):
+    """What a run took, with its parents if it has any: "layers" trained, over all steps; "flops"; "seconds"."""
+    first, last = event(run, "run"), event(run, "done")
+    layers = last["step"] * first["flags"]["layers"] / first["relative_flops_layers"]
+    costs = {"layers": layers, "flops": last["flops"], "seconds": run["seconds"]}
+    return costs[kind] + run.get("before", {}).get(kind, 0)
+
+
+def rows(runs, schedules):
+    """One row of the table per arm, best first. schedules: {arm: text}."""
+    ratios = {"relative_flops_layers": "layers", "relative_flops_step": "flops", "speed_up": "seconds"}
+    result = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        losses = [loss(run) for run in runs if run["arm"] == arm]
+        row = {"arm": arm, "schedule": schedules[arm], "n": len(losses), "loss": statistics.mean(losses)}
+        row["std"] = statistics.stdev(losses) if len(losses) > 1 else None
+        for name, kind in ratios.items():
+            values = paired(runs, arm, "full", lambda a, b, kind=kind: cost(b, kind) / cost(a, kind))
+            if values:
+                row[name] = statistics.mean(values)
+        for other in ("full", "full_flops"):
+            differences = paired(runs, arm, other, lambda a, b: loss(a) - loss(b))
+            row[f"minus_{other}"] = interval(differences) if differences and arm != other else None
+        result.append(row)
+    return sorted(result, key=lambda row: row["loss"])
+
+
+def jumps(runs):
+    """Held-out loss just before and after each stage change or growth: [(arm, change, before, after, n)], means over n
+    seeds. RaPTr's weights do not change there, but the length of the path that they are run on does."""
+    pairs = {}
+    for run in runs:
+        for e in run["events"]:
+            if e["event"] == "grow":
+                change = f"{e['depth_before']} to {e['depth']} layers"
+                pairs.setdefault((run["arm"], change), []).append((e["loss_before"], e["loss_after"]))
+        flags = event(run, "run")["flags"]
+        if flags["method"] == "raptr":
+            stages = methods.choose(options.complete(flags)).plan
+            for a, b in zip(stages, stages[1:]):
+                at = next(e for e in run["events"] if e["event"] == "eval" and e["step"] == a.end)
+                losses = [at["subnetworks"].get(f"{stage.length:g}", at["loss"]) for stage in (a, b)]
+                pairs.setdefault((run["arm"], f"{a.length:g} to {b.length:g} layers"), []).append(losses)
+    return [(arm, change, *map(statistics.mean, zip(*both)), len(both)) for (arm, change), both in pairs.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def spread(values, digits=3):
+    """Mean ± standard deviation, as text."""
+    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{std}"
+
+
+def signed(pair, digits=3):
+    """An interval, as text. Nothing for None."""
+    if pair is None:
+        return ""
+    mean, half = pair
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def table(head, rows):
+    """Lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["|" + "|".join(cells) + "|" if cells[0] == "---" else f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def jump_table(changes):
+    """Lines of a table of what `jumps` returns."""
+    head = ["arm", "change", "before", "after", "jump", "runs"]
+    cells = [(arm, change, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{n}") for arm, change, a, b, n in changes]
+    return table(head, cells)
+
+
+LEGEND = [
+    "FLOPs are factors: how many times as many full training takes. Held-out loss: mean ± standard deviation over",
+    "seeds (number of seeds). Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.",
+]
+
+
+def markdown(about, first):
+    """The text of table.md. first: the `run` event of a run."""
+    machine = f"torch {first['versions']['torch']}, {first['device']}, {first['dtype']}, {first['threads']} threads"
+    head = ["arm", "schedule", "layer FLOPs", "all FLOPs", "held-out loss", "minus full", "minus full at equal FLOPs"]
+    cells = []
+    for row in about["rows"]:
+        ratios = [f"{row[key]:.3f}x" if key in row else "" for key in ("relative_flops_layers", "relative_flops_step")]
+        std = f" ± {row['std']:.4f}" if row["std"] is not None else ""
+        differences = [signed(row[key]) for key in ("minus_full", "minus_full_flops")]
+        cells.append([row["arm"], row["schedule"], *ratios, f"{row['loss']:.4f}{std} ({row['n']})", *differences])
+    lines = [f"# {about['made']['title']}", "", *made_by(about["made"])]
+    lines += [f"Text: {first['data']['source']}, fingerprint {first['data']['fingerprint']}; {machine} a run."]
+    lines += [f"Predicting by frequency: {first['unigram_loss']:.3f} nats.", "", *table(head, cells), "", *LEGEND, ""]
+    if about["jumps"]:
+        lines += ["## Loss just before and after each change", "", *jump_table(about["jumps"])]
+    return "\n".join(lines) + "\n"
+
+
+def commit():
+    """The commit of the code that runs now, with "-dirty" where files differ from it; "" outside of a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        return ""
+
+
+def made_by(made):
+    """Lines that say how a table was made. made: {"command": ..., "commit": ...}, without what is not known."""
+    commit = f", commit {made['commit']}" if made.get("commit") else ""
+    return [f"Made by: `{made['command']}`{commit}", ""] if made.get("command") else []
