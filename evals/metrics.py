@@ -1,8 +1,9 @@
 """The metrics of SuperGLUE and of question answering: pure functions of lists. All give 0 .. 1 (mcc: -1 .. 1).
 
-Sources: the benchmarks' own rules: SuperGLUE (Wang et al., arXiv 1905.00537), SQuAD 2.0 (Rajpurkar et al., arXiv 1806.03822),
-TriviaQA (Joshi et al., arXiv 1705.03551), Winogender parity (Rudinger et al., arXiv 1804.09301).
-Not here: the formats of the tasks (superglue.py, qa.py).
+Sources: the benchmarks' own rules: SuperGLUE (Wang et al., arXiv 1905.00537), SQuAD 1.1 and 2.0 (Rajpurkar et al.,
+arXiv 1606.05250, 1806.03822), TriviaQA (Joshi et al., arXiv 1705.03551), Winogender parity (Rudinger et al., arXiv
+1804.09301).
+Not here: the formats of the tasks (evals/superglue.py, evals/qa_files.py).
 """
 
 import collections
@@ -35,19 +36,20 @@ def mcc(predicted, gold, positive):
 
 
 def parity(predicted, pairs):
-    """Share of pairs (sentences that differ in a pronoun's gender) that got one prediction for both."""
-    found = collections.defaultdict(set)
+    """Share of pairs of sentences, which differ in a pronoun's gender alone, with one prediction for both. pairs: for
+    each prediction, which pair its sentence belongs to."""
+    kinds = collections.defaultdict(set)
     for p, pair in zip(predicted, pairs, strict=True):
-        found[pair].add(p)
-    return sum(len(kinds) == 1 for kinds in found.values()) / len(found)
+        kinds[pair].add(p)
+    return sum(len(kind) == 1 for kind in kinds.values()) / len(kinds)
 
 
 def normalise(text, trivia=False):
-    """SQuAD's normalisation of an answer: lower case, no punctuation, no articles, single blanks. TriviaQA's puts a blank in
-    the place of punctuation and of its own quotation marks first."""
+    """SQuAD's normalisation of an answer: lower case, no punctuation, no articles, single blanks. TriviaQA's first puts
+    a blank in the place of punctuation and of some more quotation marks."""
     text = text.lower()
     if trivia:
-        text = re.sub(f"[{re.escape(string.punctuation)}‘’´`_]", " ", text)
+        text = re.sub(f"[{re.escape(string.punctuation)}‘’´`]", " ", text)
     text = "".join(c for c in text if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -57,14 +59,15 @@ def best(score, predicted, answers, **how):
     return max(score(predicted, answer, **how) for answer in answers)
 
 
-def exact(predicted, answer, **how):
-    return float(normalise(predicted, **how) == normalise(answer, **how))
+def exact(predicted, answer, trivia=False):
+    return float(normalise(predicted, trivia) == normalise(answer, trivia))
 
 
-def token_f1(predicted, answer, **how):
-    """F1 of the words two answers share; where either has no words, 1 if both have none."""
-    a, b = normalise(predicted, **how).split(), normalise(answer, **how).split()
-    if not a or not b:
-        return float(a == b)
+def token_f1(predicted, answer, trivia=False, empty=0.0):
+    """F1 of the words that two answers share. empty: the score of two answers that both normalise to nothing: 0 in the
+    scripts of SQuAD 1.1, ReCoRD, TriviaQA and T5, 1 in that of SQuAD v2."""
+    a, b = normalise(predicted, trivia).split(), normalise(answer, trivia).split()
+    if not a and not b:
+        return empty
     common = sum((collections.Counter(a) & collections.Counter(b)).values())
     return 2 * common / (len(a) + len(b))

@@ -1,11 +1,11 @@
-"""Question answering's files and scores: SQuAD v2, TyDi QA GoldP, NQ-open, WebQuestions and TriviaQA, by their own rules.
+"""Files and scores of question answering: SQuAD v2, TyDi QA GoldP, NQ-open, WebQuestions, TriviaQA, by their own rules.
 
-Predictions are one JSON object, {question id: answer}; "" answers that there is no answer. NQ-open has no ids: there the
-question itself is the id, and JSONL lines {"question": .., "prediction": ..} are taken too.
-Not here: the metrics themselves (metrics.py), a model that answers (eval_qa.py).
+Predictions are one JSON object, {question id: answer}; "" answers that there is no answer. NQ-open has no ids: there
+the question itself is the id, and JSONL lines {"question": .., "prediction": ..} are taken too.
+Not here: the metrics themselves (evals/metrics.py), a model that answers (evals/qa.py).
 
-Sources: SQuAD v2 (arXiv 1806.03822), TyDi QA (arXiv 2003.05002), Natural Questions and its open form (arXiv 1906.00300),
-WebQuestions (Berant et al., EMNLP 2013), TriviaQA (arXiv 1705.03551).
+Sources: SQuAD v2 (arXiv 1806.03822), TyDi QA (arXiv 2003.05002), Natural Questions and its open form (arXiv
+1906.00300), WebQuestions (Berant et al., EMNLP 2013), TriviaQA (arXiv 1705.03551).
 """
 
 import collections
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError
 from evals import metrics
+from evals.superglue import read_lines
 
 
 class Question(NamedTuple):
@@ -23,10 +24,11 @@ class Question(NamedTuple):
     answers: list  # all that count as right; none: there is no answer in the context
     context: str = ""
     starts: list = []  # where each answer begins in the context; None: the file does not say
+    shown: str = ""  # the answer to show in an example, where it is not the first one
 
 
-def fail(path, number, what):
-    raise UserError(f"{path}, {number}: {what}") from None
+def fail(path, place, what):
+    raise UserError(f"{path}, {place}: {what}") from None
 
 
 def read_json(path):
@@ -35,23 +37,9 @@ def read_json(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON") from None
+        fail(path, f"line {error.lineno}", "not JSON")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8") from None
-
-
-def read_lines(path):
-    """(line number, object) of a JSONL file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                fail(path, f"line {number}", "not JSON")
 
 
 def read_squad(path):
@@ -71,7 +59,7 @@ def read_squad(path):
 
 
 def read_nq(path):
-    for number, line in read_lines(path):
+    for number, line in read_lines(Path(path)):
         try:
             yield Question(line["question"], line["question"], [*map(str, line["answer"])])
         except (KeyError, TypeError):
@@ -87,21 +75,36 @@ def read_webquestions(path):
 
 
 def read_trivia(path):
-    """The official JSON, or lines {"question": .., "answer": {"value": .., "aliases": [..]}}."""
+    """The official JSON, or lines {"question": .., "answer": {"value": .., "aliases": [..]}}.
+
+    As the official script has it: right are the normalised aliases, and what people answered where the file says so
+    (HumanAnswers, in the verified sets); a verified set (VerifiedEval) counts its verified questions alone; outside the
+    Wikipedia domain an answer is given to a question and a document, QUESTIONID--FILENAME.
+    """
     if str(path).endswith(".jsonl"):
-        for number, line in read_lines(path):
+        for number, line in read_lines(Path(path)):
             try:
-                yield Question(
-                    line["question"], line["question"], [line["answer"]["value"], *line["answer"]["aliases"]]
-                )
+                answers = [line["answer"]["value"], *line["answer"]["aliases"]]
+                yield Question(line["question"], line["question"], answers)
             except (KeyError, TypeError):
                 fail(path, f"line {number}", "expected a question and an answer with value and aliases")
         return
-    for number, item in enumerate(read_json(path)["Data"]):
+    file = read_json(path)
+    verified, domain = file["VerifiedEval"], file["Domain"]
+    for number, item in enumerate(file["Data"]):
         try:
-            yield Question(item["QuestionId"], item["Question"], [item["Answer"]["Value"], *item["Answer"]["Aliases"]])
+            if verified and not item["QuestionPartOfVerifiedEval"]:
+                continue
+            answers = [*item["Answer"]["NormalizedAliases"], *item["Answer"].get("HumanAnswers", [])]
+            question = Question(item["QuestionId"], item["Question"], answers, shown=item["Answer"]["Value"])
+            if domain == "Wikipedia":
+                yield question
+                continue
+            for document in [*item.get("EntityPages", []), *item.get("SearchResults", [])]:
+                if not verified or domain != "Web" or document["DocPartOfVerifiedEval"]:
+                    yield question._replace(id=f"{question.id}--{document['Filename']}")
         except (KeyError, TypeError):
-            fail(path, f"question {number}", "expected QuestionId, Question, Answer")
+            fail(path, f"question {number}", "expected QuestionId, Question, Answer and, of the Web domain, documents")
 
 
 READERS = {
@@ -111,60 +114,61 @@ READERS = {
 
 
 def read_task(task, path):
-    """All questions of a data file. An id that comes again becomes ID#2, ID#3, in the order of the file. ValueError naming
-    file and place for what is not as it should be."""
+    """All questions of a data file. An id that comes again becomes ID#2, ID#3, in the order of the file. Raises
+    UserError naming file and place for what is not as it should be."""
     try:
-        found = list(READERS[task](path))
+        questions = list(READERS[task](path))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not the layout of {task}") from None
     seen = collections.Counter()
-    for i, question in enumerate(found):
+    for i, question in enumerate(questions):
         seen[question.id] += 1
         if seen[question.id] > 1:
-            found[i] = question._replace(id=f"{question.id}#{seen[question.id]}")
+            questions[i] = question._replace(id=f"{question.id}#{seen[question.id]}")
         if not question.answers and task != "squad_v2":
             raise UserError(f"{path}: the question {question.id!r} has no answer")
-    if not found:
+    if not questions:
         raise UserError(f"{path}: there is nothing in it")
-    return found
+    return questions
 
 
 def read_predictions(path):
     """{question id: answer}."""
     if str(path).endswith(".jsonl"):
-        found = {}
-        for number, line in read_lines(path):
+        predictions = {}
+        for number, line in read_lines(Path(path)):
             try:
-                found[line["question"]] = line["prediction"]
+                predictions[line["question"]] = line["prediction"]
             except (KeyError, TypeError):
                 fail(path, f"line {number}", "expected a question and a prediction")
     else:
-        found = read_json(path)
-    if not isinstance(found, dict) or not all(isinstance(answer, str) for answer in found.values()):
+        predictions = read_json(path)
+    if not isinstance(predictions, dict) or not all(isinstance(answer, str) for answer in predictions.values()):
         raise UserError(f"{path}: expected one JSON object, each question's id with an answer in words")
-    return found
+    return predictions
 
 
 # ----------------------------------------------------------------------------------------------------------------
 
 
 def score(task, questions, predictions):
-    """{"em", "f1", "of": questions}; with SQuAD v2's split into questions that have an answer and such that have none."""
-    how = {"trivia": True} if task == "triviaqa" else {}
+    """{"em", "f1", "of": questions}; of SQuAD v2 also for its questions with an answer and for those without."""
+    trivia, v2 = task == "triviaqa", task == "squad_v2"
     rows = []
     for question in questions:
-        predicted = predictions[question.id]
-        answers = [a for a in question.answers if metrics.normalise(a, **how)] or [""]  # none left: "" is right
-        values = [metrics.best(metric, predicted, answers, **how) for metric in (metrics.exact, metrics.token_f1)]
-        rows.append((bool(question.answers), *values))
+        predicted, answers = predictions[question.id], question.answers
+        if v2:  # its script drops answers that normalise to nothing, which those of the other tasks keep
+            answers = [answer for answer in answers if metrics.normalise(answer)] or [""]
+        em = metrics.best(metrics.exact, predicted, answers, trivia=trivia)
+        f1 = metrics.best(metrics.token_f1, predicted, answers, trivia=trivia, empty=float(v2))
+        rows.append((bool(question.answers), em, f1))
 
     def mean(rows):
         em, f1 = (sum(row[i] for row in rows) / len(rows) if rows else None for i in (1, 2))
         return {"em": em, "f1": f1, "of": len(rows)}
 
     result = mean(rows)
-    if task == "squad_v2":
-        result |= {
-            name: mean([row for row in rows if row[0] == has]) for name, has in (("HasAns", True), ("NoAns", False))
-        }
+    if v2:
+        for name, has in (("HasAns", True), ("NoAns", False)):
+            result[name] = mean([row for row in rows if row[0] == has])
     return result

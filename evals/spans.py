@@ -1,7 +1,7 @@
 """Marking the answer in a text: a BERT with two scores a token, for where an answer begins and where it ends.
 
 A context that is too long is read in windows that overlap. [CLS] stands for "the answer is not in this window".
-Not here: the questions' files (qa.py), training and choosing among windows (eval_qa.py).
+Not here: the questions' files (evals/qa_files.py), training and choosing among windows (evals/qa.py).
 
 Source: BERT on SQuAD (Devlin et al., arXiv 1810.04805, sections 4.2 and 4.3).
 Legend: T tokens.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
-from evals.padding import padded
+from evals.finetune import padded
 
 
 class Window(NamedTuple):
@@ -26,35 +26,35 @@ class Window(NamedTuple):
 
 def places(tokenizer, text):
     """(token ids, [(begin, end) in the text])."""
-    if hasattr(tokenizer, "places"):  # wordpiece.WordPiece
+    if hasattr(tokenizer, "places"):  # WordPiece (text/wordpiece.py)
         return tokenizer.places(text)
-    ids, found, end = tokenizer.encode(text), [], 0  # pieces of ours, one after another, are the text itself
+    ids, spans, end = tokenizer.encode(text), [], 0  # our pieces, one after another, are the text itself
     for i, piece in zip(ids, tokenizer.id_to_piece(ids)):
         inner = tokenizer.is_byte(i) and 0x80 <= int(piece[1:-1], 16) < 0xC0  # not the first byte of a character
         begin = end - 1 if inner else end
         end = begin + 1 if tokenizer.is_byte(i) else begin + len(piece)
-        found.append((begin, end))
-    return ids, found
+        spans.append((begin, end))
+    return ids, spans
 
 
 def answer_tokens(question, spans, source):
-    """(first, last) token of a question's first answer, or None without one. ValueError, naming the file `source`, if it is not
-    where the file says."""
+    """(first, last) token of a question's first answer, or None without one. Raises UserError, naming the file
+    `source`, if it is not where the file says."""
     if not question.answers:
         return None
     text, begin = question.answers[0], question.starts[0]
     if not isinstance(begin, int) or begin < 0 or not text or question.context[begin : begin + len(text)] != text:
         raise UserError(
-            f"{source}, question {question.id!r}: its context has not the answer {text[:40]!r} at answer_start {begin}"
+            f"{source}, question {question.id!r}: its context does not have {text[:40]!r} at answer_start {begin}"
         )
     inside = [i for i, (b, e) in enumerate(spans) if b < begin + len(text) and e > begin]
     return (inside[0], inside[-1]) if inside else None
 
 
 def windows(tokenizer, questions, longest, stride, source=None):
-    """The windows of all questions, in their order, of up to `longest` tokens. Each begins `stride` tokens of context after the
-    one before. source: the file of the questions, if their answers are to be learned: they get labels."""
-    found = []
+    """The windows of all questions, in order, of up to `longest` tokens. Each begins `stride` tokens of context after
+    the one before. source: the file of the questions, where the windows are to be learned and need labels."""
+    made = []
     for number, question in enumerate(questions):
         head = [tokenizer.bos_id(), *tokenizer.encode(question.question)[: min(64, longest // 2)], tokenizer.eos_id()]
         ids, spans = places(tokenizer, question.context)
@@ -65,8 +65,8 @@ def windows(tokenizer, questions, longest, stride, source=None):
             tokens = [*head, *ids[at : at + size], tokenizer.eos_id()]
             inside = answer and at <= answer[0] and answer[1] < at + size
             label = tuple(len(head) + i - at for i in answer) if inside else (0, 0)
-            found.append(Window(number, tokens, len(head), spans[at : at + size], label))
-    return found
+            made.append(Window(number, tokens, len(head), spans[at : at + size], label))
+    return made
 
 
 class Spans(torch.nn.Module):
