@@ -1,23 +1,23 @@
-"""Text to tokens on disk: documents, tokenizer, token shards. Done once; data.py makes batches of them.
+"""Text to tokens on disk: documents, a tokenizer, token shards.
+
+    python -m text.prepare --input TEXT [TEXT ...] --out DIR    .txt (a blank line ends a document), .jsonl and .json
+                                                                (field "text"), each also .gz; hf:NAME (text/hub.py)
+    python -m text.prepare --verify DIR                         hash every shard of a prepared corpus, scan its ids
+
+A prepared corpus is a folder with tokenizer.model, token shards and meta.json. It appears when it is complete. A pool
+of processes encodes the parts of a text, and the same command continues after an interruption. Memory does not grow
+with the text; it grows with the tokenizer's sample, which has about 4,000 characters for each token id.
 
 The default corpus is this machine's own manual: the docstrings and help topics of the running Python and the installed
-torch, about 5 MB of prose, so that nothing has to be downloaded. It differs between versions; its fingerprint is logged.
-
-A prepared corpus is a folder with tokenizer.model, shards of bounded size and meta.json. It appears when it is complete; many
-files are encoded on all cores, and an interrupted preparation goes on where it was. Memory does not grow with the text.
-Not here: the command line (python data.py --input TEXT --out DIR).
+torch, so that nothing has to be downloaded. It differs between versions; its fingerprint is logged.
+Not here: how text is read (text/documents.py), how a prepared corpus is (text/corpus.py), batches (data.py).
 
 Source: sentencepiece BPE with byte fallback (Kudo & Richardson, arXiv 1808.06226): any text survives.
 """
 
-import ast
-import collections
 import fcntl
-import functools
-import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -26,130 +26,28 @@ import platform
 import re
 import shutil
 import sys
-import sysconfig
-import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from itertools import chain, islice
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from engine import ROOT
-from engine.errors import UserError
+from engine import ROOT, log
+from engine.errors import UserError, guard
 from text import hub
+from text.documents import facts_of, manual, pieces_of, text_files
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = 5  # ids below this are never masked and never predicted
-PIECE = 1 << 16  # characters of a document handled at once
-SAMPLE = 10_000_000  # characters the tokenizer is trained on, at most
 SHARD = 1 << 28  # tokens per shard, at most
-PART = 1 << 24  # bytes of files that one process takes at a time, at least
+PART = 1 << 24  # bytes of files that a process encodes at a time, at least
 HEADER = 512  # bytes of JSON before a shard's tokens
-VERSION = 1  # of everything that changes the tokens; part of a prepared corpus' name
+VERSION = 1  # raised when the same text and tokenizer give other tokens; in the names of the folders of `prepared`
 
 # ----------------------------------------------------------------------------------------------------------------
-# Documents. Every reader yields (text, ends): a piece of at most about PIECE characters, and whether its document ends.
-
-
-def is_prose(paragraph):
-    words = paragraph.split(" ")
-    letters = sum(c.isalpha() or c == " " for c in paragraph) / len(paragraph)
-    plain = sum(word.strip(".,;:()\"'`").isalpha() for word in words) / len(words)
-    return len(words) >= 10 and letters >= 0.85 and plain >= 0.7 and ">>>" not in paragraph
-
-
-def manual():
-    """The default corpus: every distinct paragraph of prose among the multi-line strings of Python's and torch's sources
-    (docstrings, help topics), as one document each. The sources are parsed, never run."""
-    stdlib, torch = Path(sysconfig.get_path("stdlib")), Path(importlib.util.find_spec("torch").origin).parent
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    files = [f for f in sorted(stdlib.rglob("*.py")) if skipped.isdisjoint(f.relative_to(stdlib).parts)]
-    seen = set()
-    for file in tqdm(
-        files + sorted(torch.rglob("*.py")), desc="reading the manual", unit=" files", leave=False, disable=None
-    ):
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # a file for another version of Python
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
-                for paragraph in re.split(r"\n\s*\n", node.value):
-                    paragraph = " ".join(paragraph.split())
-                    if paragraph and paragraph not in seen and is_prose(paragraph):
-                        seen.add(paragraph)
-                        yield paragraph, True
-
-
-def text_pieces(file):
-    """A .txt file, in the layout of BERT's own inputs: a blank line ends a document."""
-    piece, size = [], 0
-    for line in iter(lambda: file.readline(PIECE), ""):
-        blank = not line.strip()
-        if piece and (blank or size >= PIECE):
-            yield ("".join(piece).rstrip("\n"), True) if blank else ("".join(piece), False)
-            piece, size = [], 0
-        if not blank:
-            piece.append(line)
-            size += len(line)
-    if piece:
-        yield "".join(piece).rstrip("\n"), True
-
-
-def jsonl_pieces(file, name):
-    """A .jsonl file: each line is an object whose "text" is one document."""
-    for number, line in enumerate(file, 1):
-        try:
-            text = json.loads(line)["text"] if line.strip() else ""
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{name}, line {number}: expected a JSON object with a string "text"') from None
-        yield from cut(text)
-
-
-def cut(text):
-    """One document in pieces."""
-    for start in range(0, len(text), PIECE):
-        yield text[start : start + PIECE], start + PIECE >= len(text)
-
-
-def text_files(paths):
-    """The .txt, .jsonl and .json files, plain or .gz, among `paths` and in the folders among them, and what hf:NAME among them
-    stands for (hub.py). ValueError if there are none."""
-    files, paths = [], [*paths]
-    for path in paths:
-        if str(path).startswith("hf:"):
-            files += hub.rows(str(path))
-            continue
-        path = Path(path)
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file or folder")
-        inside = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        files += [f for f in inside if f.name.removesuffix(".gz").endswith((".txt", ".jsonl", ".json"))]
-    if not files:
-        names = ", ".join(str(path) for path in paths)
-        raise UserError(f"{names}: no .txt, .jsonl or .json file there, plain or .gz")
-    return files
-
-
-def read_files(files):
-    """Documents of a list of files, in order. Invalid UTF-8 becomes U+FFFD (counted by the caller), CRLF becomes LF."""
-    for path in files:
-        if isinstance(path, hub.Rows):
-            yield from (piece for text in hub.texts(path) for piece in cut(text))
-            continue
-        opener = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline=None) as file:
-                if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):  # C4's files are called .json.gz
-                    yield from jsonl_pieces(file, path)
-                else:
-                    yield from text_pieces(file)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
+# Tokenizer
 
 
 def chance(text, salt=""):
@@ -157,13 +55,29 @@ def chance(text, salt=""):
     return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:8], "big") / 2**64
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Tokenizer
+def sample_size(vocab):
+    """Characters that a tokenizer of `vocab` ids is trained on, at most. In a short text BPE runs out of pairs to
+    merge: 10M characters of English do not give 200,000 ids."""
+    return max(10_000_000, 4_000 * vocab)
+
+
+def training_pieces(sources, vocab):
+    """Pieces to choose the tokenizer's sample from: those of every n-th source, about a gigabyte or more."""
+    # 15/8 of a sample: it is halved when it is full, and nearly full again at the end.
+    enough = max(1 << 30, sample_size(vocab) * 15 // 8)
+    stride = max(1, sum(map(size_of, sources)) // enough)
+    size = 0
+    for text, ends in pieces_of(sources[::stride]):
+        yield text, ends
+        size += len(text)
+        if size > enough:
+            return
 
 
 def train_tokenizer(pieces, vocab):
     """A sentencepiece BPE model (bytes) of `vocab` ids, trained on a sample of bounded size that is the same each time:
-    pieces whose hash lies below a threshold, which is halved whenever the sample outgrows SAMPLE."""
+    parts of 1000 characters whose hash lies below a threshold, halved whenever they outgrow sample_size(vocab).
+    Raises UserError if the text is too short for so many ids."""
     sample, size, threshold = [], 0, 1.0
     for text, _ in pieces:
         for start in range(0, len(text), 1000):  # sentencepiece leaves out sentences over 4192 bytes
@@ -171,7 +85,7 @@ def train_tokenizer(pieces, vocab):
             if part.strip() and chance(part, "sample") < threshold:
                 sample.append(part)
                 size += len(part)
-        while size > SAMPLE:
+        while size > sample_size(vocab):
             threshold /= 2
             sample = [part for part in sample if chance(part, "sample") < threshold]
             size = sum(map(len, sample))
@@ -192,15 +106,19 @@ def train_tokenizer(pieces, vocab):
     return model.getvalue()
 
 
-def load_tokenizer(path):
-    """The sentencepiece tokenizer in a file; ValueError if it is none, or none of ours."""
+def load_tokenizer(path, sha256=None):
+    """The sentencepiece tokenizer in a file. Raises UserError if it is none, lacks our special tokens, or has another
+    SHA-256 than `sha256`, where that is given."""
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        model = Path(path).read_bytes()
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         specials = [tokenizer.id_to_piece(i) for i in range(SPECIAL)]
     except (OSError, RuntimeError, IndexError):
         raise UserError(f"{path}: not a readable sentencepiece model") from None
     if specials != ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]:
         raise UserError(f"{path}: its first pieces are {specials}, not [PAD] [UNK] [CLS] [SEP] [MASK]")
+    if sha256 not in (None, hashlib.sha256(model).hexdigest()):
+        raise UserError(f"{path}: not the tokenizer this corpus was prepared with")
     return tokenizer
 
 
@@ -209,302 +127,225 @@ def load_tokenizer(path):
 
 
 def token_dtype(vocab):
-    """Of a shard's tokens."""
+    """The type of a shard's tokens."""
     return "<u2" if vocab <= 1 << 16 else "<u4"
 
 
 class ShardWriter:
-    """Appends tokens to FOLDER/SPLIT_00000.bin, _00001.bin, ..."""
+    """Appends tokens to FOLDER/NAME_00000.bin, _00001.bin, ..., of at most SHARD tokens each."""
 
-    def __init__(self, folder, split, vocab):
-        self.folder, self.split, self.vocab = folder, split, vocab
-        self.dtype = token_dtype(vocab)
-        self.file, self.names, self.digests, self.counts = None, [], [], np.zeros(vocab, np.int64)
+    def __init__(self, folder, name, vocab):
+        self.folder, self.name, self.vocab, self.dtype = folder, name, vocab, token_dtype(vocab)
+        self.waiting, self.file = [], None  # tokens not written yet; the shard that is open
+        self.names, self.digests, self.counts = [], [], np.zeros(vocab, np.int64)
 
     def write(self, tokens):
-        tokens = np.asarray(tokens, self.dtype)
-        self.counts += np.bincount(tokens, minlength=self.vocab)
+        self.waiting += tokens
+        if len(self.waiting) >= 1 << 18:
+            self.flush()
+
+    def flush(self):
+        tokens, self.waiting = np.array(self.waiting, np.int64), []
+        self.counts += np.bincount(tokens, minlength=self.vocab)  # does not fit if an id is outside the vocabulary
         while len(tokens):
             if self.file is None:
-                self.names.append(f"{self.split}_{len(self.names):05d}.bin")
+                self.names.append(f"{self.name}_{len(self.names):05d}.bin")
                 self.file, self.count, self.hash = open(self.folder / self.names[-1], "wb"), 0, hashlib.sha256()
                 self.file.write(b" " * HEADER)
-            part, tokens = tokens[: SHARD - self.count], tokens[SHARD - self.count :]
-            self.file.write(part.tobytes())
-            self.hash.update(part.tobytes())
-            self.count += len(part)
+            fitting, tokens = tokens[: SHARD - self.count].astype(self.dtype), tokens[SHARD - self.count :]
+            self.file.write(fitting)
+            self.hash.update(fitting)
+            self.count += len(fitting)
             if self.count == SHARD:
-                self.close()
+                self.end_shard()
+
+    def end_shard(self):
+        header = {"format": "raptr tokens", "dtype": self.dtype, "count": self.count, "vocab": self.vocab}
+        self.digests.append(self.hash.hexdigest())
+        self.file.seek(0)
+        self.file.write(json.dumps({**header, "sha256": self.digests[-1]}).ljust(HEADER - 1).encode() + b"\n")
+        self.file.close()
+        self.file = None
 
     def close(self):
+        """Returns the facts that meta.json records of these shards."""
+        self.flush()
         if self.file is not None:
-            header = {"format": "raptr tokens", "dtype": self.dtype, "count": self.count, "vocab": self.vocab}
-            self.digests.append(self.hash.hexdigest())
-            self.file.seek(0)
-            self.file.write(json.dumps({**header, "sha256": self.digests[-1]}).ljust(HEADER - 1).encode() + b"\n")
-            self.file.close()
-            self.file = None
+            self.end_shard()
+        tokens, documents = int(self.counts.sum()), int(self.counts[SEP])
+        return {"shards": self.names, "sha256": self.digests, "tokens": tokens, "documents": documents}
 
 
-def open_shard(path, sha256):
-    """The tokens of a shard as a read-only memory map, after checking its size, its SHA-256 and its ids."""
+def open_shard(path, sha256, vocab):
+    """The tokens of a shard as a read-only memory map. Checks its header, size and recorded SHA-256, but does not read
+    the tokens (Corpus.verify does). Raises UserError naming the file."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(HEADER))
-            dtype, count, vocab = np.dtype(header["dtype"]), int(header["count"]), int(header["vocab"])
-            said = header["sha256"]
-            if header["format"] != "raptr tokens" or header["dtype"] not in ("<u2", "<u4"):
-                raise ValueError
-            size, expected = os.path.getsize(path), HEADER + count * dtype.itemsize
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # of what follows the header
+        dtype, count, size = np.dtype(header["dtype"]), int(header["count"]), os.path.getsize(path)
+        recorded = header["sha256"], header["vocab"]
+        if header["format"] != "raptr tokens" or header["dtype"] not in ("<u2", "<u4") or count < 1:
+            raise ValueError
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a token shard") from None
-    if size != expected:
-        raise UserError(f"{path}: {size} bytes long, not the {expected} it was written with")
-    if not digest == said == sha256:
-        raise UserError(f"{path}: its bytes have changed since it was written (SHA-256 differs)")
-    tokens = np.memmap(path, dtype, "r", HEADER, (count,))
-    if any(int(tokens[i : i + (1 << 24)].max()) >= vocab for i in range(0, count, 1 << 24)):
-        raise UserError(f"{path}: holds token ids of {vocab} and above, outside its vocabulary")
-    return tokens
+    if size != HEADER + count * dtype.itemsize:
+        raise UserError(f"{path}: {size} bytes long, not the {HEADER + count * dtype.itemsize} it was written with")
+    if recorded != (sha256, vocab):
+        raise UserError(f"{path}: not the shard that meta.json records (SHA-256 or vocabulary differs)")
+    return np.memmap(path, dtype, "r", HEADER, (count,))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Preparing a corpus
 
 
-def cleaned(pieces):
-    """Pieces with what is no text, NUL and half characters, replaced."""
-    for text, ends in pieces:
-        plain = text.isascii() and "\0" not in text  # as most texts are; the search below is slower
-        yield text if plain else re.sub("[\0\ud800-\udfff]", "\ufffd", text), ends
-
-
-def batched(pieces, size=1 << 20):
-    """Lists of pieces, about `size` characters each."""
-    batch, length = [], 0
-    for text, ends in pieces:
-        batch.append((text, ends))
-        length += len(text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    yield batch
-
-
-def ahead(function, items, threads):
-    """map(function, items), in order, on so many threads. At most twice as many items are read ahead: memory stays bounded."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def lines_apart(tokenizer):
-    """Does a text have the tokens of its lines, one after another? Then lines are encoded by themselves, which is faster: what
-    sentencepiece does per token grows with the length it is given. True of every tokenizer made here."""
-    lines = [" a\n", "\n", "  B \n", "c"]
-    return tokenizer.encode("".join(lines)) == [*chain(*tokenizer.encode(lines))]
-
-
-def encode_pieces(tokenizer, apart, batch):
-    """(a list of pieces, their tokens, [SEP] after each that ends a document, and how many tokens each has)."""
-    lines, counts = [], []
-    for text, _ in batch:
-        own = text.split("\n") if apart else [text]
-        lines += [line + "\n" for line in own[:-1]]
-        lines.append(own[-1])
-        counts.append(len(own))
-    encoded = iter(tokenizer.encode(lines, out_type=int, num_threads=1))  # other threads run meanwhile
-    tokens, ends_at = [], [0]
-    for (_, ends), count in zip(batch, counts):
-        for ids in islice(encoded, count):
-            tokens += ids
-        if ends:
-            tokens.append(SEP)
-        ends_at.append(len(tokens))
-    return batch, np.array(tokens, np.int32), np.diff(ends_at)
-
-
-def write_documents(pieces, choose, tokenizer, writers, threads=0):
-    """Encode documents, each closed by [SEP], into the shards of the split that `choose(its first piece)` names.
-    Returns the number of replacement characters seen: what was not valid UTF-8, a NUL, half a character."""
+def write_documents(pieces, share, tokenizer, writers):
+    """Encode documents, each closed by [SEP]. A share `share` of them, chosen by a hash of their first piece, goes to
+    writers["val"], the others to writers["train"]. Returns how many U+FFFD they hold."""
     split, replaced = None, 0  # the split of the document we are in
-    encode = functools.partial(encode_pieces, tokenizer, lines_apart(tokenizer))
-    for batch, tokens, lengths in ahead(encode, batched(pieces), threads or os.cpu_count()):
-        where = []
-        for (text, ends), length in zip(batch, lengths.tolist()):
-            replaced += text.count("\ufffd")
-            if split is None and length > ends:
-                split = choose(text)
-            where.append(split)  # None: a document without a token, of which not even [SEP] is kept
-            split = None if ends else split
-        for name, writer in writers.items():
-            writer.write(tokens[np.repeat(np.array([own == name for own in where], bool), lengths)])
+    for text, ends in pieces:
+        replaced += text.count("\ufffd")
+        ids = tokenizer.encode(text)
+        if split is None and ids:
+            split = "val" if chance(text) < share else "train"
+        if split is not None:  # a document without a token leaves no [SEP] either
+            writers[split].write(ids + [SEP] * ends)
+        split = None if ends else split
     return replaced
 
 
-def encode_part(folder, number, pieces, share, threads=0):
-    """Write the shards of one part of a corpus, a share `share` of its documents as held out, and last a file that says so.
-    pieces: a function, or a list of files. What was written before is not written again."""
+def encode_part(folder, number, sources, share):
+    """Write the shards of part `number` of a corpus, a share `share` of its documents as held out. Last comes
+    NUMBER.json, which says what the shards hold: a part that has it is done, and not encoded again."""
     done = folder / f"{number:05d}.json"
-    if not done.exists():
-        tokenizer = load_tokenizer(folder / "tokenizer.model")
-        writers = {
-            split: ShardWriter(folder, f"{split}_{number:05d}", tokenizer.vocab_size()) for split in ("train", "val")
-        }
-        texts = cleaned(pieces() if callable(pieces) else read_files(pieces))
-        facts = {"replaced": write_documents(texts, lambda text: "val" if chance(text) < share else "train",
-                                             tokenizer, writers, threads)}  # fmt: skip
-        for split, writer in writers.items():
-            writer.close()
-            tokens, documents = int(writer.counts.sum()), int(writer.counts[SEP])
-            facts[split] = {"shards": writer.names, "tokens": tokens, "documents": documents, "sha256": writer.digests}
-        writers["train"].counts.tofile(folder / f"{number:05d}.counts")
-        done.with_suffix(".tmp").write_text(json.dumps(facts))
-        done.with_suffix(".tmp").rename(done)
-    return json.loads(done.read_text()), np.fromfile(folder / f"{number:05d}.counts", np.int64)
+    if done.exists():
+        return
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    vocab = tokenizer.vocab_size()
+    writers = {split: ShardWriter(folder, f"{split}_{number:05d}", vocab) for split in ("train", "val")}
+    replaced = write_documents(pieces_of(sources), share, tokenizer, writers)
+    facts = {split: writer.close() for split, writer in writers.items()}
+    writers["train"].counts.tofile(done.with_suffix(".counts"))
+    log.write(done, json.dumps({"replaced": replaced, **facts}))
 
 
-def size_of(file):
-    """Bytes of a file; of one that is streamed, a guess that makes it a part of its own."""
-    return PART if isinstance(file, hub.Rows) else file.stat().st_size
+def size_of(source):
+    """Bytes of a file. A shard of the Hub counts as PART, so that it becomes a part by itself."""
+    return 0 if callable(source) else PART if isinstance(source, hub.Shard) else source.stat().st_size
 
 
-def parts_of(files):
-    """Files in groups of at least PART bytes (the last may be smaller), each for one process."""
+def parts_of(sources):
+    """Sources in groups of at least PART bytes (the last may be smaller), each for one process."""
     groups, size = [[]], 0
-    for file in files:
+    for source in sources:
         if size >= PART:
             groups, size = [*groups, []], 0
-        groups[-1].append(file)
-        size += size_of(file)
-    return groups
+        groups[-1].append(source)
+        size += size_of(source)
+    return [group for group in groups if group]
 
 
-def encode_parts(folder, parts, share):
-    """`encode_part` of all parts, a process per core where there are several: [(facts, counts), ...] in order."""
+def encode_parts(folder, parts, shares):
+    """encode_part for all parts, on as many processes as there are cores."""
     workers = min(len(parts), os.cpu_count() or 1)
-    if workers < 2:
-        return [encode_part(folder, number, part, share(number)) for number, part in enumerate(parts)]
-    sizes, found = [PART if callable(part) else sum(map(size_of, part)) for part in parts], {}
-    bar = tqdm(total=sum(sizes), desc="encoding", unit="B", unit_scale=True, leave=False, disable=None)
+    tasks = [repeat(folder), range(len(parts)), parts, shares]
+    if workers < 2 or any(callable(source) for part in parts for source in part):  # functions stay in their process
+        return [*map(encode_part, *tasks)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        threads = max(1, os.cpu_count() // workers)
-        tasks = {pool.submit(encode_part, folder, n, part, share(n), threads): n for n, part in enumerate(parts)}
+        encoded = pool.map(encode_part, *tasks)  # its first error cancels the parts that have not begun
+        return [*tqdm(encoded, total=len(parts), desc="encoding", unit=" parts", leave=False, disable=None)]
+
+
+def write_meta(folder, count, source):
+    """Write meta.json of a corpus of `count` encoded parts, and remove what they left beside their shards.
+    Raises UserError if a split has no document."""
+    model = (folder / "tokenizer.model").read_bytes()
+    vocab = load_tokenizer(folder / "tokenizer.model").vocab_size()
+    meta = {"version": VERSION, "source": source, "vocab": vocab, "replaced_characters": 0}
+    meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
+    meta |= {split: {"shards": [], "sha256": [], "tokens": 0, "documents": 0} for split in ("train", "val")}
+    counts = np.zeros(vocab, np.int64)
+    for number in range(count):
+        facts = json.loads((folder / f"{number:05d}.json").read_text())
+        counts += np.fromfile(folder / f"{number:05d}.counts", np.int64)
+        meta["replaced_characters"] += facts["replaced"]
+        for split in ("train", "val"):
+            for name, value in facts[split].items():
+                meta[split][name] += value  # lists are joined, numbers added
+    for split in ("train", "val"):
+        if not meta[split]["shards"]:
+            more = "; give a held-out text (--val) or hold out more (--val_fraction)" if split == "val" else ""
+            raise UserError(f"no {split} documents came out of {source or 'this text'}{more}")
+    log.write(folder / "meta.json", json.dumps({**meta, "train_counts": counts.tolist()}))
+    for number in range(count):
+        (folder / f"{number:05d}.json").unlink()
+        (folder / f"{number:05d}.counts").unlink()
+
+
+def lock(folder):
+    """Make a folder and lock it: returns an open file, which holds the lock until it is closed. Waits while another
+    process holds it; if that one has renamed or removed the folder, begins again."""
+    while True:
         try:
-            for task in as_completed(tasks):
-                found[tasks[task]] = task.result()
-                bar.update(sizes[tasks[task]])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    bar.close()
-    return [found[number] for number in range(len(parts))]
-
-
-def sample_of(files):
-    """Pieces that the tokenizer may be trained on: of a large corpus, files evenly spread over it, about a gigabyte."""
-    stride = max(1, sum(map(size_of, files)) >> 30)
-    size = 0
-    for text, ends in read_files(files[::stride]):
-        yield text, ends
-        size += len(text)
-        if size > 1 << 30:
-            return
-
-
-def facts_of(files):
-    """What tells one list of files from another: names, sizes, times."""
-    return [f if isinstance(f, hub.Rows) else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / "lock", "w")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                return file
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder.parent}: cannot be written ({error.strerror})") from None
 
 
 def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=None, source=""):
     """Write tokenizer.model, token shards and meta.json into the folder `out`, which appears only when complete.
 
-    pieces: a list of files, or a function that starts a fresh pass over (text, ends). val_pieces: the same for a held-out
-    text; without it a share `val_fraction` of the documents is held out, chosen by a hash. tokenizer: file to use instead of
-    training one. Files are encoded on all cores; if that is interrupted, the same call goes on where it was.
-    Raises ValueError if there is no text, or none for one of the two splits.
+    pieces: a list of sources (text_files), or a function that starts a fresh pass over (text, ends). val_pieces: the
+    same for a held-out text; without it a share `val_fraction` of the documents is held out, chosen by a hash.
+    tokenizer: file to use instead of training one of `vocab` ids.
+    After an interruption the same call continues; what a function yields is encoded anew. Several processes may make
+    the same call: one works, the others wait for it.
+    Raises UserError if there is no text, or none for one of the two splits.
     """
-    out = Path(out)
-    files = [] if callable(pieces) else [*pieces, *(val_pieces or [])]
-    facts = facts_of(files)
+    text, held_out = ([p] if callable(p) else [*(p or [])] for p in (pieces, val_pieces))
     model = Path(tokenizer).read_bytes() if tokenizer and load_tokenizer(tokenizer) else b""
-    key = json.dumps(
-        [
-            VERSION,
-            PART,
-            vocab,
-            val_fraction,
-            len(pieces) if files else os.getpid(),
-            facts,
-            hashlib.sha256(model).hexdigest(),
-        ]
-    )
-    folder = out.parent / f".{out.name}.{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        lock = open(folder / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that prepares the same is waited for
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    if out.exists():
-        return shutil.rmtree(folder, ignore_errors=True)
-    try:
-        if not (folder / "tokenizer.model").exists():
-            model = model or train_tokenizer(cleaned(sample_of(pieces) if files else pieces()), vocab)
-            (folder / "tokenizer.tmp").write_bytes(model)
-            (folder / "tokenizer.tmp").rename(folder / "tokenizer.model")
-        parts = parts_of(pieces) if files else [pieces]
-        held_out = (parts_of(val_pieces) if files else [val_pieces]) if val_pieces else []
-        share = lambda number: 0.0 if held_out and number < len(parts) else 1.0 if held_out else val_fraction  # noqa: E731
-        encoded = encode_parts(folder, [*parts, *held_out], share)
-        processor = load_tokenizer(folder / "tokenizer.model")
-        meta = {"version": VERSION, "source": source, "vocab": processor.vocab_size()}
-        meta["replaced_characters"] = sum(facts["replaced"] for facts, _ in encoded)
-        meta["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-        for split in ("train", "val"):
-            own = [facts[split] for facts, _ in encoded]
-            meta[split] = {name: [x for part in own for x in part[name]] for name in ("shards", "sha256")}
-            meta[split] |= {name: sum(part[name] for part in own) for name in ("tokens", "documents")}
-            if not meta[split]["shards"]:
-                more = "; give a held-out text (--val) or hold out more (--val_fraction)" if split == "val" else ""
-                raise UserError(f"no {split} documents came out of {source or 'this text'}{more}")
-        meta["train_counts"] = sum(counts for _, counts in encoded).tolist()
-        for number in range(len(encoded)):
-            for ending in ("json", "counts"):
-                (folder / f"{number:05d}.{ending}").unlink()
-        (folder / "meta.json").write_text(json.dumps(meta))
-        (folder / "lock").unlink()
+    facts = [vocab, val_fraction, facts_of(text), facts_of(held_out), hashlib.sha256(model).hexdigest()]
+    key = hashlib.sha256(json.dumps([VERSION, PART, *facts]).encode()).hexdigest()[:8]
+    out = Path(out)
+    folder = out.parent / f".{out.name}.{key}"
+    with lock(folder):
+        if out.exists():  # made by another process, while this one waited
+            return shutil.rmtree(folder, ignore_errors=True)
+        if callable(pieces):  # nobody knows whether it yields what it did before
+            for file in set(folder.iterdir()) - {folder / "lock"}:
+                file.unlink()
         try:
-            folder.rename(out)
-        except OSError:
-            if not out.exists():
-                raise
-            shutil.rmtree(folder)  # another process was sooner
-    except ValueError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+            if not (folder / "tokenizer.model").exists():
+                model = model or train_tokenizer(training_pieces(text, vocab), vocab)
+                (folder / "tokenizer.tmp").write_bytes(model)
+                (folder / "tokenizer.tmp").rename(folder / "tokenizer.model")
+            parts, val_parts = parts_of(text), parts_of(held_out)
+            shares = [0.0 if held_out else val_fraction] * len(parts) + [1.0] * len(val_parts)
+            encode_parts(folder, parts + val_parts, shares)
+            write_meta(folder, len(shares), source)
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        folder.rename(out)
+        (out / "lock").unlink()
 
 
 def prepared(data="", vocab=4096):
-    """The folder of a prepared corpus. `data` is such a folder, or a folder or file of text, or "" for the default corpus;
-    the latter two are prepared at the first call and kept in the folder corpus/. ValueError as in `prepare`."""
+    """The folder of a prepared corpus. data: such a folder, or a folder or file of text, or "" for the default corpus;
+    the latter two are prepared at the first call and kept in corpus/. Raises UserError as `prepare` does."""
     if data and (Path(data) / "meta.json").exists():
         return Path(data)
     if data:
         files = text_files([data])
-        name = re.sub(r"\W+", "-", Path(data).resolve().name).strip("-")
-        facts = facts_of(files)
-        source = str(data)
+        name, facts, source = re.sub(r"\W+", "-", Path(data).resolve().name).strip("-"), facts_of(files), str(data)
     else:
         versions = [f"python{platform.python_version()}", f"torch{importlib.metadata.version('torch')}"]
         name, facts, source = "manual", versions, "manual of " + ", ".join(versions)
@@ -515,3 +356,43 @@ def prepared(data="", vocab=4096):
         documents = [] if data else list(manual())
         prepare(files if data else lambda: iter(documents), out, vocab, source=source)
     return out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    from engine.options import command, number  # only the command knows of flags, and of what is built on this file
+    from text.corpus import Corpus
+
+    ids = number(int, "a whole number, 300 or above (256 ids are bytes)", lambda x: x >= 300)
+    fraction = number(float, "a number between 0 and 1", lambda x: 0 < x < 1)
+    parser = command("text.prepare", __doc__)
+    parser.add_argument("--input", nargs="+", metavar="TEXT", help="files or folders of text, or hf:NAME")
+    parser.add_argument("--out", metavar="DIR", help="folder to write, which must not exist")
+    parser.add_argument("--val", nargs="+", metavar="TEXT", help="held-out text; by default a share of the documents")
+    parser.add_argument("--val_fraction", type=fraction, default=0.05, metavar="X", help="that share [0.05]")
+    parser.add_argument("--vocab", type=ids, default=4096, metavar="N", help="token ids [4096]")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to use instead of training one")
+    parser.add_argument("--verify", metavar="DIR", help="prepared corpus to read and check, every byte of it")
+    args = parser.parse_args()
+    if args.verify:
+        sizes = []
+        for path, tokens in Corpus(args.verify).verify():
+            print(f"{path}: SHA-256 and ids of {tokens:,} tokens checked", flush=True)
+            sizes.append(tokens)
+        return print(f"{args.verify}: its tokenizer, {len(sizes)} shards and {sum(sizes):,} tokens are as recorded")
+    if not args.input:
+        parser.error("name a text to prepare (--input), or a prepared corpus to check (--verify)")
+    if not args.out or Path(args.out).exists():
+        parser.error("--out: name a folder that does not exist yet")
+    files, val = text_files(args.input), args.val and text_files(args.val)
+    prepare(files, args.out, args.vocab, args.val_fraction, val, args.tokenizer, " ".join(args.input))
+    meta = Corpus(args.out).meta
+    print(f"{args.out}: {meta['train']['tokens']:,} training tokens, {meta['val']['tokens']:,} held out")
+    if meta["replaced_characters"]:
+        print(f"{meta['replaced_characters']:,} characters could not be read and were replaced")
+
+
+if __name__ == "__main__":
+    guard("text.prepare", main)

@@ -1,4 +1,4 @@
-"""The tokenizer of somebody else's BERT, from its vocab.txt. Needs the `tokenizers` package (pip install tokenizers)."""
+"""The tokenizer of an original BERT, from its vocab.txt. Needs the package `tokenizers` (pip install tokenizers)."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,11 @@ from engine.errors import UserError
 
 
 class WordPiece:
-    """BERT's own tokenizer, from its vocab.txt, with the methods of sentencepiece's that this project uses. lower: as the
-    uncased models do."""
+    """BERT's WordPiece tokenizer, with those methods of a SentencePieceProcessor that this project uses.
+
+    path: a vocab.txt. lower: lower-case the text, as the uncased models do; by default as the tokenizer_config.json
+    beside it says. Raises UserError if `tokenizers` is not installed, or a special token is missing.
+    """
 
     def __init__(self, path, lower=None):
         try:
@@ -30,8 +33,8 @@ class WordPiece:
 
     def places(self, text):
         """(token ids, [(begin, end) in the text])."""
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
