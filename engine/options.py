@@ -67,7 +67,7 @@ def command(name, about):
 
 def nearest(name, known, prefix=""):
     """The words "; did you mean NAME?" for the closest known name, or "" if none is close. known: names, or {name:
-    words that explain it}, whose words count as well: "lerning_rate" is close to the "learning rate" of --lr."""
+    words that explain it}, whose words count as well, if less: "lerning_rate" is close to the "learning rate" of --lr."""
     explained = known if isinstance(known, dict) else dict.fromkeys(known, "")
     wanted = name.replace("_", " ")
     size = len(wanted.split())
@@ -75,8 +75,8 @@ def nearest(name, known, prefix=""):
     def closeness(other):
         words = explained[other].lower().split()
         phrases = [" ".join(words[i : i + size]) for i in range(len(words))]
-        texts = [other.replace("_", " "), *phrases]
-        return max(difflib.SequenceMatcher(None, wanted, text).ratio() for text in texts)
+        ratio = lambda text: difflib.SequenceMatcher(None, wanted, text).ratio()  # noqa: E731
+        return max([ratio(other.replace("_", " ")), *(0.85 * ratio(phrase) for phrase in phrases)])
 
     best = max(explained, key=closeness)
     return f"; did you mean {prefix}{best}?" if closeness(best) >= 0.6 else ""

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import methods
+import model as transformer
 import train
-from engine import ROOT
-from engine import options
+from engine import ROOT, checkpoint, options
 from processes import script
 from raptr import Subnetwork
+from text import prepare
 
 
 def go(flags, *more):
@@ -57,14 +59,8 @@ def test_it_learns_and_logs_what_was_promised(tiny):
     start, steps, evals = events(run, "run")[0], events(run, "step"), events(run, "eval")
     done = events(run, "done")[0]
     assert done["loss"] == evals[-1]["loss"] < start["unigram_loss"] - 0.3
-    assert [e["step"] for e in steps] == list(range(1, 301)) and [e["step"] for e in evals] == [
-        80,
-        100,
-        160,
-        200,
-        240,
-        300,
-    ]
+    assert [e["step"] for e in steps] == list(range(1, 301))
+    assert [e["step"] for e in evals] == [80, 100, 160, 200, 240, 300]
     assert [len(e["layers"]) for e in steps] == [2] * 100 + [3] * 100 + [4] * 100
     assert start["relative_flops_layers"] == pytest.approx(4 / 3) and 1 < start["relative_flops_step"] < 4 / 3
     assert steps[-1]["flops"] * start["relative_flops_step"] == pytest.approx(
@@ -267,8 +263,12 @@ BAD = """
 --stages 2-nan-4 | --stages
 --method midas --stages 4-4-2 | --stages
 --method decreasing --layers 2 | --layers
---method decreasing --drop_time staircase --mean_depth 3 | --mean_depth
---method jump --jump_at 0.9999 | --jump_from
+--method decreasing --mean_depth 2.9 | --mean_depth
+--method jump --mean_depth 3.99 --stages 3-4 | --mean_depth
+--method pld --drop_rate 0.1 | --drop_rate
+--lerning_rate 1e-3 | did you mean --lr?
+--weigth_decay 0 | did you mean --weight_decay?
+--learning_rate 1e-3 | did you mean --lr?
 --method mslt --stages 2-4 --skipped_grad zero | --skipped_grad
 --unknown 4 | --unknown
 --seed -1 | --seed
@@ -299,6 +299,7 @@ def test_a_bad_flag_is_one_sentence_and_nothing_is_created(tiny, tmp_path, flags
     "toml, word",
     [
         ("layerz = 4", "layers"),
+        ("lerning_rate = 1e-3", "did you mean lr?"),
         ("layers = 'four'", "--layers"),
         ("layers = ", "p.toml"),
         ("[model]\nlayers = 4", "model"),
@@ -350,27 +351,32 @@ def test_every_method_has_its_own_published_plan():
     for name in ("raptr", "stacking", "progressive", "midas", "mslt"):
         plans[name] = [stage.length for stage in methods.choose(options.parse(["--method", name])).plan]
     assert plans == {
-        "raptr": [6, 8, 10, 12], "stacking": [6, 9, 12], "progressive": [3, 6, 12], "midas": [6, 9, 12], "mslt": [6, 9, 12, 12],
-    }  # fmt: skip
+        "raptr": [6, 8, 10, 12],
+        "stacking": [6, 9, 12],
+        "progressive": [3, 6, 12],
+        "midas": [6, 9, 12],
+        "mslt": [6, 9, 12, 12],
+    }
 
 
 def test_a_full_disk_does_not_end_the_training(tiny, monkeypatch, capsys):
-    save, failed = train.checkpoint.save_file, []
+    save, failed = checkpoint.save_file, []
 
     def full_disk(tensors, path):
         if len(failed) < 2:
             failed.append(path)
-            raise train.checkpoint.SafetensorError("No space left on device")
+            raise checkpoint.SafetensorError("No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(train.checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
     run = go(tiny, "--save_every", 4)
     assert events(run)[-1]["event"] == "done" and len(failed) == 2 and "No space left" in capsys.readouterr().err
     assert [folder.name for folder in run.glob("step_*")] == ["step_00000012"] and not list(run.glob("*.tmp"))
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; sys.argv = ['train.py', '--help']; import runpy\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    code = "import sys; sys.argv = ['train.py', '--help']; import runpy\n"
+    code += "try: runpy.run_path('train.py', run_name='__main__')\n"
     code += "except SystemExit: assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "--stages" in shown.stdout, shown.stderr
@@ -385,7 +391,7 @@ def test_auto_stages_are_the_papers():
 
 def test_weights_of_another_tokenizer_are_refused(tiny, text, tmp_path, capsys):
     run, other = go(tiny), tmp_path / "other"
-    train.data.prepare(lambda: ((d[::-1], True) for d in text), other, 512)
+    prepare.prepare(lambda: ((d[::-1], True) for d in text), other, 512)
     flags = [*tiny[: tiny.index("--data")], "--data", str(other), "--out", str(tmp_path / "next"), "--init", str(run)]
     assert train.start(options.parse(flags)) == 2 and "another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "next").exists()
@@ -393,15 +399,7 @@ def test_weights_of_another_tokenizer_are_refused(tiny, text, tmp_path, capsys):
 
 def test_a_wrong_denoiser_is_found_before_a_corpus_is_made(tmp_path, capsys):
     (tmp_path / "some.txt").write_text("Some words.\n\nSome more of them.")
-    flags = [
-        "--arch",
-        "ul2",
-        "--denoisers",
-        "r3,foo",
-        "--data",
-        str(tmp_path / "some.txt"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    text, run = str(tmp_path / "some.txt"), str(tmp_path / "run")
+    flags = ["--arch", "ul2", "--denoisers", "r3,foo", "--data", text, "--out", run]
     assert train.start(options.parse(flags)) == 2
     assert "foo" in capsys.readouterr().err and not (tmp_path / "run").exists()
