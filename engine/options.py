@@ -67,7 +67,7 @@ def command(name, about):
 
 def nearest(name, known, prefix=""):
     """The words "; did you mean NAME?" for the closest known name, or "" if none is close. known: names, or {name:
-    words that explain it}, whose words count as well, if less: "lerning_rate" is close to the "learning rate" of --lr."""
+    words that explain it}, whose words count too, but less: "lerning_rate" is close to the "learning rate" of --lr."""
     explained = known if isinstance(known, dict) else dict.fromkeys(known, "")
     wanted = name.replace("_", " ")
     size = len(wanted.split())
