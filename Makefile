@@ -12,7 +12,7 @@ test: .venv/ready
 	$(RUN) -m pytest -n 2
 
 bench: .venv/ready
-	$(RUN) bench.py
+	$(RUN) -m tools.bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

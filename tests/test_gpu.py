@@ -59,5 +59,5 @@ def test_the_presets_are_measured(device, arch, tmp_path, monkeypatch):
 def test_a_wrong_preset_is_named():
     shown = script("tools.bench", "--only", "presets", "--preset", "bert_nowhere")
     assert shown.returncode == 2 and "bert_nowhere" in shown.stderr
-    shown = script("tools.bench", "--only", "data", "--device", "cuda")
+    shown = script("tools.bench", "--only", "paths", "--device", "cuda")
     assert shown.returncode == 2 and "--only presets" in shown.stderr

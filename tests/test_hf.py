@@ -3,12 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from engine.runs import load_run
+from eval_superglue import Classifier
 from model import BERT, Config
 from processes import script
 from raptr import Subnetwork
 from test_train import go
-from tools import hf, sample
+from tools import hf
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -18,10 +21,6 @@ SENTENCES = [
     "Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44.",
     "An emerging professional class.",
 ]
-
-
-def run(*args):
-    return script(*args)
 
 
 def test_our_model_in_their_hands(tmp_path):
@@ -41,8 +40,8 @@ def test_our_model_in_their_hands(tmp_path):
 
 def test_their_model_in_our_hands(tmp_path):
     """Token types, padding and all, layer by layer."""
-    c = transformers.BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
-                                max_position_embeddings=20, initializer_range=0.2)  # fmt: skip
+    c = transformers.BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                intermediate_size=48, max_position_embeddings=20, initializer_range=0.2)  # fmt: skip
     theirs = transformers.BertForMaskedLM(c).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     model, _ = hf.load(tmp_path / "theirs")
@@ -59,100 +58,93 @@ def test_their_model_in_our_hands(tmp_path):
 
 def test_a_trained_run_is_exported(tiny, tmp_path):
     run_folder = go(tiny, "--norm", "post", "--positions", "learned")
-    shown = run("hf.py", "export", run_folder, "--out", tmp_path / "theirs")
+    shown = script("tools.hf", "export", run_folder, "--out", tmp_path / "theirs")
     assert shown.returncode == 0, shown.stderr
-    theirs, (model, _, _) = (
-        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs"),
-        sample.load_run(run_folder),
-    )
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs")
+    model = load_run(run_folder)[0]
     tokens = torch.randint(5, 500, (2, 32))
     ours = model.logits(tokens, torch.arange(32).expand(2, -1))[..., : model.config.vocab]
     torch.testing.assert_close(ours, theirs.eval()(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
-    assert run("hf.py", "export", run_folder, "--out", tmp_path / "theirs").returncode == 2  # is there already
+    assert script("tools.hf", "export", run_folder, "--out", tmp_path / "theirs").returncode == 2  # is there already
 
 
 def test_what_their_bert_cannot_be_is_refused(tiny, tmp_path):
     run_folder = go(tiny, "--norm", "pre")
-    shown = run("hf.py", "export", run_folder, "--out", tmp_path / "theirs")
+    shown = script("tools.hf", "export", run_folder, "--out", tmp_path / "theirs")
     assert shown.returncode == 2 and "post" in shown.stderr and not (tmp_path / "theirs").exists()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text('{"model_type": "gpt2"}')
-    shown = run("hf.py", "import", tmp_path / "bad", "--out", tmp_path / "new")
+    shown = script("tools.hf", "import", tmp_path / "bad", "--out", tmp_path / "new")
     assert shown.returncode == 2 and shown.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
-# ---- somebody else's model over a subnetwork
+# ---- fine-tuning what was imported
 
 
-def decoder():
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                                 num_key_value_heads=2, max_position_embeddings=32, use_cache=False)
-    )  # fmt: skip
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "so", "it", "is", "go", "##od", "bad", ".", "what"]
 
 
-def encoder():
-    return transformers.BertForMaskedLM(
-        transformers.BertConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                                max_position_embeddings=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small BERT of theirs with random weights, a pooler and a vocabulary."""
+    where = tmp_path_factory.mktemp("theirs")
+    c = transformers.BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                intermediate_size=48, max_position_embeddings=24, initializer_range=0.2)  # fmt: skip
+    transformers.BertModel(c).save_pretrained(where)
+    (where / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return where
 
 
-@pytest.mark.parametrize("make, where", [(decoder, "model.layers"), (encoder, "bert.encoder.layer")])
-def test_any_model_runs_over_a_subnetwork(make, where):
-    torch.manual_seed(0)
-    model, tokens = make(), torch.randint(0, 100, (2, 16))
-    layers = model.get_submodule(where)
-    states = []
-    layers[1].register_forward_hook(lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))
-    loss = lambda: model(input_ids=tokens, labels=tokens).loss  # noqa: E731
-    whole = loss()
-    with hf.over(layers, None):
-        assert loss() == whole
-    with hf.over(layers, Subnetwork((0, 2))):
-        loss().backward()
-        assert len(layers) == 2
-    assert len(layers) == 4 and loss() == whole and len(states) == 3  # layer 1 was not run over the path
-    grads = {i: [p.grad is not None for p in layers[i].parameters()] for i in range(4)}
-    assert all(grads[0]) and all(grads[2]) and not any(grads[1]) and not any(grads[3])
-    with hf.over(layers, Subnetwork((0, 1, 2, 3), (1.0, 1.0, 1.0, 1.0))):
-        torch.testing.assert_close(loss(), whole)
-    with hf.over(layers, Subnetwork((0, 1), (1.0, 0.0))):  # an update of nothing
-        scaled = loss()
-    with hf.over(layers, Subnetwork((0,))):
-        torch.testing.assert_close(loss(), scaled)
-    with pytest.raises(RuntimeError), hf.over(layers, Subnetwork((0,))):
-        raise RuntimeError
-    assert len(layers) == 4  # whatever happened inside
+def classifier(folder):
+    return Classifier(*hf.load(folder), "RTE", 16, seed=0)
 
 
-def test_a_training_loop_with_it():
-    """The lines of the README: it learns, and what was never on a path has not moved."""
-    from raptr import RaPTr, Stage
+def test_our_classifier_is_theirs(folder):
+    """Equal logits on rows of unequal length, which are what their tokenizer makes; also with the rows' words alone."""
+    ours = classifier(folder).eval()
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    theirs = load(folder, num_labels=2, dtype=torch.float32).eval()
+    for layer, fresh in ((theirs.bert.pooler.dense, ours.pool), (theirs.classifier, ours.head)):
+        layer.load_state_dict(fresh.state_dict())
+    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+    texts = [("yes yes yes", "so"), ("no.", "it is good. what is it so bad"), ("is it so " * 5, "it is")]
+    rows, states = [ours.row(*pair) for pair in texts], []
+    for pair, (tokens, types) in zip(texts, rows):
+        expected = tokenizer(*pair, truncation="longest_first", max_length=16)
+        assert tokens == expected["input_ids"] and types == expected["token_type_ids"]
+    with torch.no_grad():
+        for tokens, types in rows:
+            states += theirs(input_ids=torch.tensor([tokens]), token_type_ids=torch.tensor([types])).logits
+        torch.testing.assert_close(ours(rows), torch.stack(states), rtol=1e-4, atol=1e-5)
+        ours.keep_words(rows)
+        assert len(ours.encoder.tokens.weight) < len(WORDS)
+        torch.testing.assert_close(ours(rows), torch.stack(states), rtol=1e-4, atol=1e-5)
 
-    torch.manual_seed(0)
-    model = decoder()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    method, tokens = RaPTr([Stage(1, 30, 3)], 4, {0, 1, 3}), torch.randint(0, 100, (4, 16))
-    before, losses = [p.clone() for p in model.model.layers[2].parameters()], []
-    for step in range(1, 31):
-        with hf.over(model.model.layers, method.subnetwork(step)):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1 and all(
-        torch.equal(a, b) for a, b in zip(before, model.model.layers[2].parameters())
-    )
+
+def test_leaving_words_out_changes_no_gradient(folder):
+    rows = [([2, 7, 3, 9, 3], [0, 0, 0, 1, 1]), ([2, 7, 12, 3, 5, 3], [0, 0, 0, 0, 1, 1])]
+    grads = []
+    for few in (False, True):
+        model, copies = classifier(folder).eval(), [(list(tokens), types) for tokens, types in rows]
+        if few:
+            model.keep_words(copies)
+        model(copies)[:, 0].sum().backward()
+        table = model.encoder.tokens.weight.grad
+        grads.append((table[table.any(1)], model.encoder.blocks[0].mlp.up.weight.grad))
+    assert len(grads[0][0]) == 6  # 2, 3, 5, 7, 9, 12, and nothing for [PAD], which is masked
+    for all_words, few_words in zip(*grads):
+        torch.testing.assert_close(all_words, few_words, rtol=1e-4, atol=1e-6)
 
 
-def test_over_refuses_what_it_cannot_do():
-    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
-    for more in ({"rows": ((0,), (0,))}, {"frozen": 1}):
-        with pytest.raises(ValueError, match="cannot"), hf.over(layers, Subnetwork((0, 2), **more)):
-            pass
-    assert len(layers) == 3
+def test_a_pooler_that_is_there_is_used(folder, tmp_path):
+    """As it stands in the file, or in the run that was made of it; where there is none it is drawn from the seed."""
+    assert script("tools.hf", "import", folder, "--out", tmp_path / "run").returncode == 0
+    weight = load_file(folder / "model.safetensors")["pooler.dense.weight"]
+    for model, tokenizer in (hf.load(folder), load_run(tmp_path / "run")[:2]):
+        assert torch.equal(Classifier(model, tokenizer, "RTE", 16, seed=0).pool.weight, weight)
+        model.pooler = None
+        zero, one = (Classifier(model, tokenizer, "RTE", 16, seed).pool.weight for seed in (0, 1))
+        assert not torch.equal(zero, weight) and not torch.equal(zero, one)
 
 
 # ---- a real model
@@ -175,17 +167,18 @@ def test_a_real_bert(tmp_path):
         with torch.no_grad():
             difference = (model.encode(tokens) - theirs(input_ids=tokens).last_hidden_state).abs().max()
         assert difference < 1e-5
-    assert run("hf.py", "import", folder, "--out", tmp_path / "run").returncode == 0
-    again, _, _ = sample.load_run(tmp_path / "run")
+    assert script("tools.hf", "import", folder, "--out", tmp_path / "run").returncode == 0
+    again, _, _ = load_run(tmp_path / "run")
     with torch.no_grad():
         torch.testing.assert_close(again.encode(tokens), model.encode(tokens))
-    shown = run("sample.py", tmp_path / "run", "The man turned on the [MASK].")
+    shown = script("tools.sample", tmp_path / "run", "The man turned on the [MASK].")
     assert shown.returncode == 0 and "mask 1" in shown.stdout, shown.stderr
 
 
 def test_what_a_path_saves_is_measured():
-    """bench.py --only over: the counted ideal is that of six layers of twelve beside a head that always runs."""
-    shown = run("bench.py", "--only", "over", "--rounds", 1, "--width", 32, "--seq", 16, "--vocab", 99, "--batch", 2)
+    """tools.bench --only over: the counted ideal is that of six layers of twelve beside a head that always runs."""
+    small = ["--rounds", 1, "--width", 32, "--seq", 16, "--vocab", 300, "--batch", 2]
+    shown = script("tools.bench", "--only", "over", *small)
     assert shown.returncode == 0, shown.stderr
     lines = [line for line in shown.stdout.split("\n") if "ideal 1." in line]
     assert [line.split()[0] for line in lines] == ["BERT,"] * 2 + ["Llama,"] * 2

@@ -1,14 +1,16 @@
 import collections
+import functools
 
 import pytest
 import torch
 
 from processes import script
+from raptr import Subnetwork
 from tools import sample
 
 
 def ask(*args, text=""):
-    return script("sample.py", *args, text=text)
+    return script("tools.sample", *args, text=text)
 
 
 def test_a_mask_is_filled_with_what_fits(runs, text):
@@ -28,32 +30,34 @@ def test_a_mask_is_filled_with_what_fits(runs, text):
 
 def test_words_are_drawn_as_the_flags_say():
     logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]), torch.Generator().manual_seed(0)
-    assert {sample.pick(logits, 0) for _ in range(5)} == {0}
-    draws = collections.Counter(sample.pick(logits, 1.0, generator=generator) for _ in range(4000))
+
+    def draws(count, *how, **more):
+        picked = sample.pick(logits.expand(count, -1), *how, **more, generator=generator)
+        return collections.Counter(picked.tolist())
+
+    assert set(draws(5, 0)) == {0}
+    plain = draws(4000, 1.0)
     for token, share in enumerate(logits.softmax(-1).tolist()):
-        assert draws[token] / 4000 == pytest.approx(share, abs=0.03)
-    assert {sample.pick(logits, 5.0, top_k=2, generator=generator) for _ in range(200)} == {0, 1}
-    assert {sample.pick(logits, 1.0, top_p=0.6, generator=generator) for _ in range(200)} == {0}
-    assert {sample.pick(logits, 1.0, top_p=0.8, generator=generator) for _ in range(300)} == {0, 1}
-    hot = collections.Counter(sample.pick(logits, 100.0, generator=generator) for _ in range(4000))
-    assert hot[3] > 3 * draws[3]
+        assert plain[token] / 4000 == pytest.approx(share, abs=0.03)
+    assert set(draws(200, 5.0, top_k=2)) == {0, 1}
+    assert set(draws(200, 1.0, top_p=0.6)) == {0}
+    assert set(draws(300, 1.0, top_p=0.8)) == {0, 1}
+    assert draws(4000, 100.0)[3] > 3 * plain[3]
 
 
 @pytest.mark.parametrize("layers", [None, (0, 2)])
 def test_the_cache_does_not_change_what_is_written(runs, layers):
     """Greedy, against running the whole row again for every token."""
-    from raptr import Subnetwork
-
     model, tokenizer, _ = sample.load_run(runs["ul2"])
     path, V = layers and Subnetwork(layers), tokenizer.vocab_size()
     prefix = [V + 1, *tokenizer.encode("Return a")[:8], V + 3]
-    written = sample.generate(model, prefix, V + 3, set(), [0, 1], 12, path, temperature=0)
+    written = model.generate([prefix], V + 3, set(), [0, 1], 11, path, functools.partial(sample.pick, temperature=0))
     slow = [V + 3]
     while len(slow) < 12:
         logits = model.logits(torch.tensor([prefix + slow]), torch.tensor([len(prefix)]), path)[0, -1]
         logits[[0, 1]] = -torch.inf
         slow.append(int(logits.argmax()))
-    assert written == slow
+    assert written == [slow[1:]] == model.generate([prefix], V + 3, set(), [0, 1], 11, path)
 
 
 def test_gaps_are_filled_and_texts_go_on(runs, text):

@@ -1,42 +1,37 @@
-"""How fast is a step, and does a path save what it should? All figures are ratios of things timed in turn.
+"""How fast is a training step, and does a path save what it should?
 
-    python bench.py                     everything below, on this machine
-    python bench.py --only paths        a full step against paths of 6, 8, 10 of 12 layers
-    python bench.py --only width        the same in width: parts of the heads and hidden neurons of all layers
-    python bench.py --only ul2          the same of a UL2 decoder
-    python bench.py --only methods      every method over a whole run, and a growth
-    python bench.py --only rival        tokens/s against `transformers`' BertForMaskedLM, if that is installed
-    python bench.py --only over         what hf.over saves of a step of `transformers`' BERT and Llama, if that is installed
-    python bench.py --only data         what making a batch takes of a step
-    python bench.py --only reliability  what checks, log and checkpoints take of the toy
-    python bench.py --only memory       peak memory of a short toy run and of preparing the default corpus
-    python bench.py --only loss         cross-entropy in chunks (--loss_chunk) against all at once, large vocabularies
-    python bench.py --only encoding     text to token shards on all cores against sentencepiece alone (--input: your own text)
-    python bench.py --device cuda       the presets at full size, on a GPU (bench_presets.py)
+    python -m tools.bench                   everything below except the presets, on the CPU
+    python -m tools.bench --only paths      a full step against steps on paths of 6, 8 and 10 of 12 layers
+    python -m tools.bench --only width      the same in width: a share of the heads and hidden neurons of every layer
+    python -m tools.bench --only ul2        the same as paths, for a UL2 decoder
+    python -m tools.bench --only methods    every method over a whole short run, and one growth
+    python -m tools.bench --only rival      tokens/s against BertForMaskedLM of `transformers`
+    python -m tools.bench --only over       what raptr.over saves in BERT and Llama of `transformers`
+    python -m tools.bench --device cuda     the presets at full size: MFU, and what paths and the schedule save
+    python -m tools.bench --only presets --preset bert_toy         one preset, anywhere
 
-Each round times one step of every candidate, one after another, so that a slow moment of the machine hits all of them;
-a ratio is the median over the rounds of that round's ratio, unless it says otherwise. Let nothing else run meanwhile.
+A step is train.train_step, on random tokens. Each round times one step of every candidate, one after another, so that
+a slow moment of the machine hits all of them. A speed-up is the median, over the rounds, of the ratio within a round.
+Let nothing else run meanwhile.
 
-efficiency of a path = (time of a full step / time of its step) / (FLOPs of a full step / FLOPs of its step); 1 is ideal.
+    efficiency of a path = speed-up / ideal, where ideal = FLOPs of a full step / FLOPs of its step; 1 is perfect
+    MFU = FLOPs of the layers that ran (model.flops) / seconds / the device's peak
+
+Not here: how much memory and time a run will need (train.py --dry_run).
 """
 
 import argparse
-import dataclasses
-import gzip
+import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
-import denoisers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,239 +40,249 @@ import methods
 import model as transformer
 import stacking
 import train
-from engine import checkpoint, options, parallel
-from methods import width
-from raptr import RaPTr, Stage, whole
-from text import prepare
-from tools import bench_presets, hf
-from tools.timing import interleaved
+from engine import ROOT, log, machine, options, parallel
+from engine.errors import guard
+from raptr import RaPTr, Stage, all_layers, mean_layers, over
+from text.corpus import rng
+from text.prepare import SPECIAL
 
-HERE = Path(__file__).parent
-
-
-def trainer(model, loss, dtype, optimizer=None):
-    """A whole training step, as train.py takes it: forward, backward, clipping, fused AdamW."""
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-    def step(*arguments):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = loss(*arguments)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.item()
-
-    return step
+# ----------------------------------------------------------------------------------------------------------------
+# What is timed, and how
 
 
-def make_batch(config, size):
-    tokens = torch.randint(prepare.SPECIAL, config.vocab, (size, config.seq))
-    masked = torch.stack([torch.randperm(config.seq)[: data.masked_per_window(config.seq)] for _ in range(size)])
-    return tokens, masked, tokens.gather(1, masked)
+def interleaved(candidates, rounds, warmup=3, pause=0.0):
+    """Call every candidate in turn, `rounds` times. Returns the seconds of each call: {name: [one per round]}.
+
+    warmup: rounds before that, not timed. pause: seconds before each call, in which the threads of another process
+    fall asleep.
+    """
+    times = {name: [] for name in candidates}
+    for number in range(-warmup, rounds):
+        for name, call in candidates.items():
+            time.sleep(pause)
+            began = time.perf_counter()
+            call()
+            if number >= 0:
+                times[name].append(time.perf_counter() - began)
+    return times
 
 
-def our_step(config, size, dtype, compile=False):
-    model, batch = transformer.BERT(config), make_batch(config, size)
-    if compile:
-        train.compile_blocks(model)
-    optimizer = train.make_optimizer(model, options.parse([]))
-    inside = trainer(model, lambda subnetwork: model(batch, subnetwork) / batch[2].numel(), dtype, optimizer)
+def speed_up(times, name):
+    """How many times faster than a full step."""
+    return median([full / other for full, other in zip(times["full"], times[name])])
+
+
+def random_batch(flags, objective):
+    """A batch of random tokens, as the objective shows them to the model."""
+    generator = rng(0, "bench")
+    windows = generator.integers(SPECIAL, objective.vocab, (flags.batch, flags.seq))
+    if flags.arch == "ul2":
+        return objective.rows(windows, generator)
+    return data.mask_tokens(windows, objective.vocab, generator)
+
+
+def make_step(flags, device, dtype):
+    """(step, flops). step(subnetwork) takes one training step on a subnetwork (None: all layers) and returns when the
+    device has done it. flops(k): FLOPs of a step on k layers."""
+    ranks, autocast, objective = parallel.Ranks(device), machine.autocast(device, dtype), data.objective(flags)
+    config = transformer.Config.of(flags, objective.model_vocab)
+    model, optimizer = train.build(flags, config, flags.layers, ranks)
+    batch = random_batch(flags, objective)
 
     def step(subnetwork):
-        taken = width.cut(model, subnetwork, optimizer)
-        loss = inside(subnetwork)
-        width.put(model, taken)
-        return loss
+        train.train_step(model, optimizer, batch, subnetwork, flags, ranks, autocast)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    return step
+    return step, functools.partial(transformer.flops, config, flags.batch, objective.head_positions(batch))
 
 
-def ul2_step(config, size, dtype, compile=False):
-    """(a step, targets in a row of its batch, in the mean) of a UL2 decoder on rows of the published mixture."""
-    words = config.vocab - denoisers.extra_tokens(config.seq)
-    generator = data.rng(0, "bench")
-    names = [*denoisers.UL2.split(",")] * size
-    rows = denoisers.denoise(
-        generator.integers(prepare.SPECIAL, words, (size, config.seq - 1)), names[:size], words, config.seq, generator
+def time_paths(step, method, rounds, **others):
+    """Seconds of a full step, of a step on a path of each stage's length (a new path each time) and of other calls."""
+    numbers = itertools.count()
+    candidates = {"full": lambda: step(None), **others}
+    for k in sorted({stage.length for stage in method.plan} - {method.layers}):
+        candidates[k] = lambda k=k: step(method.path(k, f"bench {next(numbers)}"))
+    return interleaved(candidates, rounds)
+
+
+def show_paths(times, flops, layers):
+    """Print a table of what `time_paths` measured. Returns {layers of a path: its efficiency}."""
+    print("      layers          step   speed-up   ideal   efficiency")
+    print(f"      {layers:6}   {median(times['full']) * 1e3:8.1f} ms")
+    efficiency = {}
+    for k in [name for name in times if isinstance(name, (int, float))]:
+        speed, ideal = speed_up(times, k), flops(layers) / flops(k)
+        efficiency[k] = speed / ideal
+        print(f"      {k:6g}   {median(times[k]) * 1e3:8.1f} ms   {speed:8.3f}  {ideal:6.3f}   {efficiency[k]:10.3f}")
+    return efficiency
+
+
+def beside_full(step, subnetworks):
+    """Take a step on each subnetwork, and a full one just before it. Returns the seconds of each kind in all."""
+    seconds = [0.0, 0.0]
+    for subnetwork in subnetworks:
+        for kind, trained in enumerate((None, subnetwork)):
+            began = time.perf_counter()
+            step(trained)
+            seconds[kind] += time.perf_counter() - began
+    return seconds
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Our own steps: paths in depth and width, UL2, every method
+
+
+def flags_of(args, *more):
+    """Flags of train.py for the network that the flags of the bench describe. The learning rate is small because there
+    is no warm-up: time does not depend on it, but losses stay finite."""
+    shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "width", "heads", "seq", "vocab", "batch")]
+    compiled = "--compile" if args.compile else "--no-compile"
+    fixed = ["--config=configs/bert_base.toml", "--dropout=0", "--warmup=0", "--lr=1e-5"]
+    return options.parse([*fixed, *shape, compiled, *more])
+
+
+def compare_paths(args, flags, title, key, report):
+    step, flops = make_step(flags, "cpu", args.dtype)
+    times = time_paths(step, methods.choose(flags), args.rounds)
+    print(f"  {title}\n")
+    for k, efficiency in show_paths(times, flops, args.layers).items():
+        report[f"{key}_{k:g}_of_{args.layers}"] = efficiency
+
+
+def bench_paths(args, report):
+    compare_paths(args, flags_of(args), "BERT, paths", "efficiency", report)
+
+
+def bench_width(args, report):
+    """Half and three quarters of every layer's heads and hidden neurons, in place of as many layers."""
+    stages = f"--stages={args.layers // 2}-{3 * args.layers // 4}-{args.layers}"
+    flags, title = (
+        flags_of(args, "--part=width", stages),
+        "BERT, a share of every layer's width that costs as much as so many layers",
     )
-    model, batch = transformer.UL2(config), [torch.from_numpy(part) for part in rows]
-    count = int((batch[2] != data.NO_TARGET).sum())
-    if compile:
-        train.compile_blocks(model)
-    return trainer(model, lambda subnetwork: model(batch, subnetwork) / count, dtype), count / size
+    compare_paths(args, flags, title, "efficiency_width", report)
 
 
-def compare_paths(args, config, step, targets, report, name="efficiency", part="depth"):
-    L = config.layers
-    lengths = (
-        [L // 2, 2 * L // 3, 5 * L // 6] if part == "depth" else [L // 2, 3 * L // 4]
-    )  # whole numbers of layers, of heads
-    paths = {k: RaPTr([Stage(1, 10**9, k)], L, {0, L - 1}, part=part, slices=config.heads) for k in lengths}
-    turn = iter(range(1, 10**9))
-    candidates = {"full": lambda: step(None)}
-    candidates |= {k: lambda k=k: step(paths[k].subnetwork(next(turn))) for k in lengths}  # a new path each time
-    times = interleaved(candidates, args.rounds)
-    cost = {k: transformer.flops(config, args.batch, targets, k) for k in [*lengths, L]}
-    label = f"{config.arch}, {part}, {args.dtype}{', compiled' if args.compile else ''}"
-    print(f"  paths, {label:30} step    FLOPs    speed-up   ideal   efficiency")
-    print(f"    full, {L} layers           {median(times['full']) * 1e3:6.1f} ms")
-    for k in lengths:
-        speed = median([a / b for a, b in zip(times["full"], times[k])])
-        ideal = cost[L] / cost[k]
-        took, share = median(times[k]) * 1e3, cost[k] / cost[L]
-        own = speed / ideal
-        print(
-            f"    path of {k:2}                {took:6.1f} ms  {share:6.1%}   {speed:8.3f}  {ideal:6.3f}   {own:10.3f}"
-        )
-        report[f"{name}_{k}_of_{L}"] = own
+def bench_ul2(args, report):
+    """The block of configs/ul2_1p6b.toml: gated, RMS norms, rotary positions, an MLP 2.5 times as wide."""
+    block = ["--gated", "--rms", "--positions=rotary", f"--mlp={5 * args.width // 2}"]
+    compare_paths(args, flags_of(args, "--arch=ul2", *block), "UL2, paths", "efficiency_ul2", report)
 
 
-def bench_paths(args, config, report):
-    step = our_step(config, args.batch, args.dtype, args.compile)
-    compare_paths(args, config, step, data.masked_per_window(config.seq), report)
-
-
-def bench_width(args, config, report):
-    """Half and three quarters of the heads and hidden neurons of all layers, in place of as many layers."""
-    step = our_step(config, args.batch, args.dtype, args.compile)
-    compare_paths(args, config, step, data.masked_per_window(config.seq), report, "efficiency_width", "width")
-
-
-def bench_ul2(args, config, report):
-    """The block of configs/ul2_1p6b.toml and ul2_toy.toml: gated, RMS norms, rotary positions, MLP 2.5 times the width."""
-    vocab = config.vocab + denoisers.extra_tokens(config.seq)
-    shape = {
-        "arch": "ul2",
-        "vocab": vocab,
-        "mlp": 5 * config.width // 2,
-        "gated": True,
-        "rms": True,
-        "positions": "rotary",
-    }
-    config = dataclasses.replace(config, **shape)
-    step, targets = ul2_step(config, args.batch, args.dtype, args.compile)
-    compare_paths(args, config, step, targets, report, "efficiency_ul2")
-
-
-def bench_methods(args, config, report):
-    """Every method over a whole short run: each of its steps beside a full one."""
-    step, slots, T = (
-        our_step(config, args.batch, args.dtype, args.compile),
-        data.masked_per_window(config.seq),
-        3 * args.rounds,
-    )
-    for _ in range(3):
-        step(None)
-    print(f"  methods, {args.dtype}: all steps of a run of {T}, each beside a full one; ratios of the sums")
-    for name in methods.NAMES[1:]:
-        flags = [f"--method={name}", f"--steps={T}", f"--layers={config.layers}", f"--batch={args.batch}"]
-        flags += [f"--mean_depth={0.75 * config.layers:g}"] * ("mean_depth" in methods.READS[name])
-        method, full, own, cost = methods.choose(options.parse(flags)), 0.0, 0.0, 0.0
-        for moment in range(1, T + 1):
-            path = method.subnetwork(moment) or whole(method.depth(moment))
-            for subnetwork in (None, path):
-                began = time.perf_counter()
-                step(subnetwork)
-                took = time.perf_counter() - began
-                full, own = (full + took, own) if subnetwork is None else (full, own + took)
-            cost += transformer.flops(config, args.batch, slots, path.cost(args.batch))
-        ideal = T * transformer.flops(config, args.batch, slots) / cost
-        print(f"    {name:12} {full / own:6.3f}x faster, ideal {ideal:6.3f}, efficiency {full / own / ideal:6.3f}")
-        report[f"efficiency_{name}"] = full / own / ideal
-    flags = options.parse(["--method=stacking", f"--layers={config.layers}"])
-    ranks = parallel.Ranks("cpu", 60)
-    model, optimizer = train.build(flags, config, config.layers // 2, ranks)
+def bench_methods(args, report):
+    """Every step of a short run of every method, each beside a full step. A method that costs 3/4 of full training on
+    request (--mean_depth) is asked for that."""
+    T = 3 * args.rounds
+    step, flops = make_step(flags_of(args), "cpu", args.dtype)
+    beside_full(step, [None, None])  # warm-up
+    print(f"  Every method: a run of {T} steps, each beside a full step; ratios of the sums\n")
+    print("      method       speed-up   ideal   efficiency")
+    for name in [name for name in methods.METHODS if name != "full"]:
+        cheaper = "mean_depth" in methods.METHODS[name][1] and name != "jump"  # which costs 3/4 of 12 layers by itself
+        depth = [f"--mean_depth={0.75 * args.layers:g}"] * cheaper
+        method = methods.choose(flags_of(args, f"--method={name}", f"--steps={T}", *depth))
+        paths = [method.subnetwork(t) or all_layers(method.depth(t)) for t in range(1, T + 1)]
+        full, ours = beside_full(step, paths)
+        speed, ideal = full / ours, T * flops(args.layers) / sum(flops(path.cost()) for path in paths)
+        print(f"      {name:11}  {speed:8.3f}  {ideal:6.3f}   {speed / ideal:10.3f}")
+        report[f"efficiency_{name}"] = speed / ideal
+    flags, half = flags_of(args, "--method=stacking"), args.layers // 2
+    config, ranks = transformer.Config.of(flags, args.vocab), parallel.Ranks("cpu")
+    model, optimizer = train.build(flags, config, half, ranks)
     began = time.perf_counter()
-    train.grow(
-        train.state(model, optimizer), stacking.stacking(config.layers // 2, config.layers), flags, config, ranks
-    )
-    grew = time.perf_counter() - began
-    print(f"    growing from {config.layers // 2} to {config.layers} layers takes {grew * 1e3:.0f} ms", end="")
-    print(f", {grew * T / full:.2f} of a full step")
-    report["growth_over_step"] = grew * T / full
+    train.grow(model, optimizer, stacking.stacking(half, args.layers), flags, config, ranks)
+    seconds = time.perf_counter() - began
+    report["growth_over_step"] = seconds * T / full
+    print(f"\n      growing from {half} to {args.layers} layers: {seconds * 1e3:.0f} ms", end=", ")
+    print(f"{report['growth_over_step']:.2f} of a full step")
 
 
-def their_step(kind, config, size, dtype):
+# ----------------------------------------------------------------------------------------------------------------
+# Models of `transformers`: as rivals, and over a subnetwork
+
+
+def theirs(args, kind, attention="eager"):
+    """(model, its nn.ModuleList of layers): a BERT or a Llama of `transformers`, with random weights."""
     import transformers
 
-    theirs = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=config.padded_vocab, hidden_size=config.width, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, intermediate_size=config.mlp, max_position_embeddings=config.seq,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=kind,
-        )
+    shape = dict(
+        vocab_size=args.vocab, hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.heads,
+        intermediate_size=4 * args.width, max_position_embeddings=args.seq, attn_implementation=attention,
     )  # fmt: skip
-    tokens = torch.randint(prepare.SPECIAL, config.vocab, (size, config.seq))
-    labels = torch.where(torch.rand(tokens.shape) < 0.15, tokens, -100)
-    return trainer(theirs, lambda: theirs(input_ids=tokens, labels=labels).loss, dtype)
-
-
-def worker(args, config):
-    """One program of a comparison, in a process of its own: takes a step for every line it reads."""
-    if args.worker.startswith("loss"):
-        return loss_worker(args, config)
-    if args.worker.startswith("ours") or args.worker.endswith("steady memory"):
-        train.steady_memory()
-    if args.worker.startswith("ours"):
-        ours = our_step(config, args.batch, args.dtype, args.worker == "ours, compiled")
-        step = lambda: ours(None)  # noqa: E731
-    else:
-        step = their_step(args.worker.split(",")[0], config, args.batch, args.dtype)
-    for _ in sys.stdin:
-        step()
-        print("done", flush=True)
-
-
-def hire(name):
-    command = [sys.executable, *sys.argv, "--worker", name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def ask(process):
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "done\n"
-
-
-def bench_rival(args, config, report):
-    if not importlib.util.find_spec("transformers"):
-        return print("  rival: transformers is not installed (pip install transformers); not run")
-    names = ["ours", "ours, compiled", "sdpa", "eager", "sdpa, steady memory", "eager, steady memory"]
-    workers = {name: hire(name) for name in names}
-    times = interleaved(
-        {name: lambda process=process: ask(process) for name, process in workers.items()}, args.rounds, pause=0.3
-    )
-    for process in workers.values():
-        process.communicate()
-    per_step = args.batch * config.seq
-    pairs = [(f"sdpa{memory}", f"eager{memory}") for memory in ("", ", steady memory")]
-    plain, steady = (min(pair, key=lambda name: median(times[name])) for pair in pairs)
-    print(
-        f"  full step against transformers {importlib.metadata.version('transformers')} BertForMaskedLM, {args.dtype},"
-    )
-    print("  each in a process of its own, in turn; `steady memory` lends them the malloc setting that train.py makes;")
-    print("  medians of tokens/s, and of each round's ratio to its faster one")
-    for name in names:
-        ratios = [median([b / a for a, b in zip(times[name], times[rival])]) for rival in (plain, steady)]
-        speed, (ratio, lent) = per_step / median(times[name]), ratios
-        print(f"    {name:20} {speed:8,.0f} tokens/s   {ratio:5.2f} times {plain}   {lent:5.2f} times {steady}")
-        report[f"times_transformers_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
-
-
-def somebody_elses(kind, config):
-    """(model, its ModuleList): a small one of `transformers`, with random weights."""
-    import transformers
-
-    shape = dict(vocab_size=config.vocab, hidden_size=config.width, num_hidden_layers=config.layers,
-                 num_attention_heads=config.heads, intermediate_size=config.mlp, max_position_embeddings=config.seq,
-                 attn_implementation="eager")  # fmt: skip
     if kind == "BERT":
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, **dropout))
         return model, model.bert.encoder.layer
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False))
     return model, model.model.layers
+
+
+def their_step(args, model, share=1.0):
+    """A function that takes a training step of their model as its documentation has it, with the clipping and the
+    optimizer of ours. share: of the tokens, that have a label."""
+    tokens = torch.randint(SPECIAL, args.vocab, (args.batch, args.seq))
+    labels = torch.where(torch.rand(tokens.shape) < share, tokens, data.NO_TARGET)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+    def step():
+        with machine.autocast("cpu", args.dtype):
+            loss = model(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+RIVALS = ["ours", "ours, compiled", "sdpa", "eager", "sdpa, steady memory", "eager, steady memory"]
+
+
+def worker(args):
+    """One side of `rival`, in a process of its own, as memory settings hold for a process. Takes a step for every line
+    it reads."""
+    if args.worker.startswith("ours") or args.worker.endswith("steady memory"):
+        machine.steady_memory()
+    if args.worker.startswith("ours"):
+        args.compile = args.worker == "ours, compiled"
+        step = functools.partial(make_step(flags_of(args), "cpu", args.dtype)[0], None)
+    else:
+        step = their_step(args, theirs(args, "BERT", attention=args.worker.split(",")[0])[0], share=0.15)
+    for _ in sys.stdin:
+        step()
+        print("done", flush=True)
+
+
+def ask(process):
+    """Have a worker take a step, and wait for it."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "done\n", "a worker has ended; its error stands above"
+
+
+def bench_rival(args, report):
+    """A full step of BERT: ours, and theirs with both kinds of attention and both memory settings."""
+    start = [sys.executable, "-m", "tools.bench", *sys.argv[1:], "--worker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    workers = {name: subprocess.Popen([*start, name], **pipes) for name in RIVALS}
+    calls = {name: functools.partial(ask, process) for name, process in workers.items()}
+    times = interleaved(calls, args.rounds, pause=0.3)
+    for process in workers.values():
+        process.communicate()
+    plain = min(("sdpa", "eager"), key=lambda name: median(times[name]))
+    steady = min(("sdpa, steady memory", "eager, steady memory"), key=lambda name: median(times[name]))
+    version = importlib.metadata.version("transformers")
+    print(f"  BERT, a full step against BertForMaskedLM of transformers {version}, each in a process of its own")
+    print("  Our head runs on the targets only, theirs on every token. `steady memory` lends them the")
+    print("  malloc setting that train.py makes.\n")
+    print(f"      {'':20}   tokens/s   times {plain}   times {steady}")
+    for name in RIVALS:
+        speed = args.batch * args.seq / median(times[name])
+        ratio, lent = (median([b / a for a, b in zip(times[name], times[rival])]) for rival in (plain, steady))
+        print(f"      {name:20} {speed:10,.0f}   {ratio:{len(plain) + 6}.2f}   {lent:{len(steady) + 6}.2f}")
+        report[f"times_transformers_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
 
 
 def counted(call):
@@ -287,299 +292,156 @@ def counted(call):
     return counter.get_total_flops()
 
 
-def bench_over(args, config, report):
-    """Half of somebody else's layers, a new path each time, beside all of them; unscaled and scaled."""
-    if not importlib.util.find_spec("transformers"):
-        return print("  over: transformers is not installed (pip install transformers); not run")
-    L, tokens = config.layers, torch.randint(0, config.vocab, (args.batch, config.seq))
-    paths = {name: RaPTr([Stage(1, 10**9, L // 2)], L, {0, L - 1}, scaling=name) for name in ("none", "uniform")}
-    print(
-        f"  hf.over, transformers {importlib.metadata.version('transformers')}, {args.dtype}; ideal: by counted FLOPs"
-    )
+def bench_over(args, report):
+    """Half of the layers of their models, a new path each time, unscaled and scaled, against all layers."""
+    L, ends = args.layers, {0, args.layers - 1}
+    paths = {scaling: RaPTr([Stage(1, 10**9, L // 2)], L, ends, scaling=scaling) for scaling in ("none", "uniform")}
+    version = importlib.metadata.version("transformers")
+    print(f"  raptr.over, in models of transformers {version}; ideal by counted FLOPs\n")
     for kind in ("BERT", "Llama"):
-        (model, layers), turn = somebody_elses(kind, config), iter(range(1, 10**9))
-        step = trainer(model, lambda model=model: model(input_ids=tokens, labels=tokens).loss, args.dtype)
+        (model, layers), numbers = theirs(args, kind), itertools.count(1)
+        step = their_step(args, model)
 
-        def walk(path, step=step, layers=layers, turn=turn):
-            with hf.over(layers, path.subnetwork(next(turn))):
+        def step_over(method, step=step, layers=layers, numbers=numbers):
+            with over(layers, method.subnetwork(next(numbers))):
                 step()
 
-        candidates = {"full": step} | {name: lambda path=path, walk=walk: walk(path) for name, path in paths.items()}
+        candidates = {"full": step, **{name: functools.partial(step_over, path) for name, path in paths.items()}}
         times = interleaved(candidates, args.rounds)
         ideal = counted(step) / counted(candidates["none"])
-        print(f"    {kind + ',':6} all {L} layers              {median(times['full']) * 1e3:6.1f} ms")
+        print(f"      {kind + ',':6} all {L:2} layers               {median(times['full']) * 1e3:8.1f} ms")
         for name in paths:
-            speed, took = median([a / b for a, b in zip(times["full"], times[name])]), median(times[name]) * 1e3
-            print(f"    {kind + ',':6} path of {L // 2}, scaling {name:8} {took:6.1f} ms   {speed:.3f}x, ", end="")
-            print(f"ideal {ideal:.3f}, efficiency {speed / ideal:.3f}")
+            speed = speed_up(times, name)
+            print(f"      {kind + ',':6} path of {L // 2:2}, scaling {name:7}", end=" ")
+            print(f"{median(times[name]) * 1e3:8.1f} ms   {speed:.3f}x, ideal {ideal:.3f}", end=", ")
+            print(f"efficiency {speed / ideal:.3f}")
             report[f"over_{kind}_{name}"] = speed / ideal
 
 
-def bench_data(args, config, report):
-    corpus = data.Corpus(prepare.prepared())
-    toy = transformer.Config.of(options.parse([]), corpus.vocab)
-    step, turn = our_step(toy, 16, args.dtype), iter(range(1, 10**9))
-    times = interleaved({"batch": lambda: corpus.batch(0, next(turn), 16, 64), "step": lambda: step(None)}, args.rounds)
-    share = median([a / b for a, b in zip(times["batch"], times["step"])])
-    print(f"  making a toy batch takes {median(times['batch']) * 1e3:.2f} ms, {share:.2%} of a full step")
-    report["data_share"] = share
+# ----------------------------------------------------------------------------------------------------------------
+# The presets at full size
+
+MICRO_BATCH = {"bert_base": 64, "bert_large": 32, "ul2_1p6b": 4}  # meant for 80 GB; train.py --dry_run estimates
+SHARE = {"ul2_1p6b": 8}  # a step has the sequences that one GPU of so many gets; elsewhere the preset's whole batch
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bfloat16 TFLOP/s, of NVIDIA's data sheets
 
 
-def bench_reliability(args, config, report):
-    """What safety takes of the toy: checks and log at each step, a checkpoint every 400, beside a full step."""
-    toy = options.parse(["--method=full"])
-    toy_config = transformer.Config.of(toy, toy.vocab)
-    ranks, turn = parallel.Ranks("cpu", 60), iter(range(1, 10**9))
-    model, optimizer = train.build(toy, toy_config, 12, ranks)
-    step = our_step(toy_config, 16, args.dtype)
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log.jsonl"), "a") as log:
-        line = {
-            "event": "step",
-            "loss": 1 / 3,
-            "grad_norm": 1 / 7,
-            "layers": [*range(12)],
-            "tokens": 10**6,
-            "flops": 10**12,
-        }
-
-        def check():
-            ranks.agree(next(turn), None, False)
-            ranks.gather(0.5)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-
-        def save():
-            checkpoint.save(folder, next(turn), train.state(model, optimizer), {}, 1)
-
-        times = interleaved({"step": lambda: step(None), "check": check, "save": save}, args.rounds)
-    seconds = {name: median(values) for name, values in times.items()}
-    share = (seconds["check"] + seconds["save"] / toy.save_every) / seconds["step"]
-    print(
-        f"  a toy checkpoint takes {seconds['save'] * 1e3:.0f} ms, agreeing and logging {seconds['check'] * 1e6:.0f} us a step;"
-    )
-    print(f"  with a checkpoint every {toy.save_every} steps that is {share:.2%} of a full step")
-    report |= {"save_seconds": seconds["save"], "reliability_share": share}
+def product(device, dtype):
+    """(a function that multiplies two large square matrices, its FLOPs): what the device can do at this moment."""
+    size = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return lambda: float((a @ b)[0, 0]), 2 * size**3
 
 
-def bench_memory(args, config, report):
-    if not Path("/proc/self/status").exists():
-        return print("  memory: read from /proc, which this system does not have; not run")
-    with tempfile.TemporaryDirectory() as folder:
-        toy = f"import runpy, sys; sys.argv = ['train.py', '--steps', '30', '--out', '{folder}/run']"
-        commands = {
-            "toy run": f"{toy}\ntry: runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass",
-            "preparing the manual": f"import prepare; prepare.prepare(prepare.manual, '{folder}/corpus', 4096)",
-        }
-        for name, code in commands.items():
-            code += "\nprint([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
-            shown = subprocess.run(
-                [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
-            ).stdout
-            peak = int(shown.split()[-1]) * 1024
-            print(f"  peak memory of {name:20} {peak / 2**20:6.0f} MiB")
-            report[f"peak_bytes_{name.replace(' ', '_')}"] = peak
+def peak_of(args):
+    """The device's peak in FLOP/s: --peak, or the data sheet's; None if neither is known."""
+    name = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    return 1e12 * (args.peak or next((peak for known, peak in PEAKS.items() if known in name), 0)) or None
 
 
-LOSS_TARGETS, LOSS_CHUNK = 1024, 128
+def bench_preset(name, args, report):
+    """Time full steps, steps on paths and a matrix product; then a short schedule, every step beside a full one."""
+    preset = [f"--config=configs/{name}.toml", f"--device={args.device}", "--lr=1e-5"]  # small: see flags_of
+    batch = args.sequences or options.parse(preset).batch // SHARE.get(name, 1)
+    rows = args.micro_batch or MICRO_BATCH.get(name, 0)
+    flags = options.parse([*preset, f"--batch={batch}", f"--micro_batch={rows}"])
+    method, L = methods.choose(flags), flags.layers
+    step, flops = make_step(flags, args.device, args.dtype)
+    multiply, work = product(args.device, args.dtype)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = time_paths(step, method, args.rounds, product=multiply)
+
+    seconds, tokens, peak = median(times["full"]), flags.batch * flags.seq, peak_of(args)
+    rate, possible = flops(L) / seconds, work / median(times["product"])
+    facts = {"tokens_per_second": tokens / seconds, "flops_per_second": rate, "of_product": rate / possible}
+    facts |= {"mfu": rate / peak} if peak else {}
+    print(f"  {name}: {L} x {flags.width}, {flags.batch} x {flags.seq} tokens a step", end=", ")
+    print(f"{flags.micro_batch} rows at a time{', compiled' if flags.compile else ''}")
+    print(f"    {tokens / seconds:,.0f} tokens/s, {rate / 1e12:.3g} TFLOP/s, MFU", end=" ")
+    print(f"{rate / peak:.1%} of {peak / 1e12:g}" if peak else "n/a", end="")
+    print(f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else "")
+    print(f"    {rate / possible:.1%} of a large matrix product's {possible / 1e12:.3g} TFLOP/s, in turn with it\n")
+    facts |= {f"efficiency_{k:g}": value for k, value in show_paths(times, flops, L).items()}
+
+    middles = [1 + (2 * i + 1) * flags.steps // (2 * args.schedule) for i in range(args.schedule)]
+    paths = [method.subnetwork(t) or all_layers(L) for t in middles]
+    full, ours = beside_full(step, paths)
+    sampled, exact = L * len(paths) / sum(path.cost() for path in paths), L / mean_layers(method, flags.steps)
+    print(f"\n    the schedule in {args.schedule} steps: {full / ours:.3f}x faster than full training", end=" ")
+    print(f"(in layers: {sampled:.3f}x; by the whole plan {exact:.3f}x)\n")
+    report[name] = facts | {"schedule": full / ours, "schedule_layers": exact}
 
 
-def loss_worker(args, config):
-    """Forward and backward of one cross-entropy for every line read, after a first line that asks for nothing."""
-    train.steady_memory()
-    _, vocab, chunk = args.worker.split(",")
-    config = dataclasses.replace(config, arch="ul2", layers=0, vocab=int(vocab), loss_chunk=int(chunk))
-    model, x = transformer.UL2(config), torch.randn(LOSS_TARGETS, config.width, requires_grad=True)
-    targets = torch.randint(prepare.SPECIAL, config.vocab, (LOSS_TARGETS,))
-    for number, _ in enumerate(sys.stdin):
-        if number:
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss = model.cross_entropy(x, targets)
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-        print("done", flush=True)
+def bench_presets(args, report):
+    if args.device == "cuda":
+        report["device"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        print(f"  {report['device']}\n")
+    for name in [args.preset] if args.preset else MICRO_BATCH:
+        bench_preset(name, args, report)
 
 
-def memory_of(pid, what):
-    """Bytes of a process: what it has (VmRSS), or had at most (VmHWM)."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return [int(line.split()[1]) for line in lines if line.startswith(what)][0] * 1024
+# ----------------------------------------------------------------------------------------------------------------
+
+ON_CPU = {"paths": bench_paths, "width": bench_width, "ul2": bench_ul2, "methods": bench_methods}
+ON_CPU |= {"rival": bench_rival, "over": bench_over}
+BENCHES = ON_CPU | {"presets": bench_presets}
 
 
-def bench_loss(args, config, report):
-    if not Path("/proc/self/status").exists():
-        return print("  loss: memory is read from /proc, which this system does not have; not run")
-    print(
-        f"  cross-entropy of {LOSS_TARGETS} targets, width {config.width}, {args.dtype}: peak memory beside the model's own;"
-    )
-    print(f"    vocabulary   at once, MiB   in chunks of {LOSS_CHUNK}, MiB   of the memory   of the time")
-    for vocab in (32_768, 131_072, 256_000):
-        workers = {chunk: hire(f"loss,{vocab},{chunk}") for chunk in (0, LOSS_CHUNK)}
-        for process in workers.values():
-            ask(process)
-        before = {chunk: memory_of(process.pid, "VmRSS") for chunk, process in workers.items()}
-        calls = {chunk: lambda process=process: ask(process) for chunk, process in workers.items()}
-        times = interleaved(calls, max(3, args.rounds // 3), warmup=1, pause=0.3)
-        peak = {chunk: memory_of(process.pid, "VmHWM") - before[chunk] for chunk, process in workers.items()}
-        for process in workers.values():
-            process.communicate()
-        memory = peak[LOSS_CHUNK] / peak[0]
-        duration = median([b / a for a, b in zip(times[0], times[LOSS_CHUNK])])
-        print(
-            f"    {vocab:10,}   {peak[0] / 2**20:12,.0f}   {peak[LOSS_CHUNK] / 2**20:22,.0f}   {memory:13.2f}   {duration:11.2f}"
-        )
-        report |= {f"loss_chunk_memory_{vocab}": memory, f"loss_chunk_time_{vocab}": duration}
-
-
-PREPARE = """
-import json, os, sys, time
-from text import prepare
-if __name__ == "__main__":
-    files, out, tokenizer = prepare.text_files(sys.argv[3:]), sys.argv[1], sys.argv[2]
-    began, before = time.perf_counter(), sum(os.times()[:4])
-    prepare.prepare(files, out, 0, tokenizer=tokenizer)
-    took, worked = time.perf_counter() - began, sum(os.times()[:4]) - before
-    meta = json.load(open(os.path.join(out, "meta.json")))
-    print(json.dumps([sum(meta[split]["tokens"] - meta[split]["documents"] for split in ("train", "val")), took, worked]))
-"""
-
-
-def manual_files(folder, count):
-    """`count` files of the manual, each repeated until it is a part of its own to prepare.py."""
-    text = "\n\n".join(document for document, _ in prepare.manual()) + "\n\n"
-    files = [folder / f"{number}.txt" for number in range(count)]
-    for file in files:
-        file.write_text(text * (prepare.PART // len(text) + 1))
-    return files
-
-
-def rates_of(call):
-    """Tokens a second, and a second of processor time, of a call that gives lists of them."""
-    began, before = time.perf_counter(), time.process_time()
-    count = sum(map(len, call()))
-    return count / (time.perf_counter() - began), count / (time.process_time() - before)
-
-
-def rates_of_preparing(files, folder, tokenizer):
-    """The same of prepare.py, in a process of its own, without that one's start, with the start of those it starts."""
-    command = [sys.executable, "-c", PREPARE, folder / "out", tokenizer, *files]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    shown = subprocess.run([*map(str, command)], env=env, stdout=subprocess.PIPE, check=True).stdout
-    shutil.rmtree(folder / "out")
-    count, took, worked = json.loads(shown)
-    return count / took, count / worked
-
-
-def some_documents(files):
-    """Pieces of the first documents, as prepare.py encodes them."""
-    texts, size = [], 0
-    for text, _ in prepare.cleaned(prepare.read_files(prepare.text_files(files))):
-        texts.append(text)
-        size += len(text)
-        if size > prepare.PART // 2:
-            break
-    return texts
-
-
-def bench_encoding(args, config, report):
-    """Tokens a second of prepare.py on all cores, the tokenizer given, against sentencepiece's own of the same documents."""
-    cores, tokenizer = os.cpu_count(), prepare.prepared() / "tokenizer.model"
-    encoder = prepare.load_tokenizer(tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if args.input:
-            files = {"prepare.py, the given text": args.input}
-        else:
-            made = manual_files(folder, 4 * cores)
-            with gzip.open(folder / "all.txt.gz", "wb", 1) as file:
-                file.writelines(part.read_bytes() for part in made[:cores])
-            files = {f"prepare.py, {len(made)} files": made, "prepare.py, one .txt.gz": [folder / "all.txt.gz"]}
-        texts = some_documents([*files.values()][0])
-        calls = {
-            "alone": lambda: rates_of(lambda: map(encoder.encode, texts)),
-            f"sentencepiece, {cores} threads": lambda: rates_of(lambda: encoder.encode(texts, num_threads=cores)),
-        }  # the latter: what this machine's cores are worth to sentencepiece itself
-        calls |= {
-            name: lambda given=given: rates_of_preparing(given, folder, tokenizer) for name, given in files.items()
-        }
-        rounds = [{name: call() for name, call in calls.items()} for _ in range(max(3, args.rounds // 5))]
-    version, alone = importlib.metadata.version("sentencepiece"), median([found["alone"][0] for found in rounds])
-    print(f"  encoding, {cores} cores: sentencepiece {version} alone, one process {alone:11,.0f} tokens/s")
-    for name in [*calls][1:]:
-        rate = median([found[name][0] for found in rounds])
-        ratio, worked = (median([found[name][i] / found["alone"][i] for found in rounds]) for i in (0, 1))
-        print(f"    {name:28} {rate:11,.0f} tokens/s, {ratio / cores:.3f} of {cores} times that", end="")
-        print(f"; {worked:.2f} times as many in a second of processor time")
-        report[f"encoding_{name.replace(',', '').replace(' ', '_')}"] = ratio / cores
-
-
-BENCHES = {
-    "paths": bench_paths,
-    "width": bench_width,
-    "ul2": bench_ul2,
-    "methods": bench_methods,
-    "rival": bench_rival,
-    "over": bench_over,
-    "data": bench_data,
-    "reliability": bench_reliability,
-    "memory": bench_memory,
-    "loss": bench_loss,
-    "encoding": bench_encoding,
-}
-AT_FULL_SIZE = {"presets": bench_presets.bench_presets}
+def read_flags():
+    parser, count, natural = options.command("tools.bench", __doc__), options.count, options.natural
+    enough = options.number(int, "a whole number, 4 or above", lambda x: x >= 4)
+    presets, add = sorted(path.stem for path in (ROOT / "configs").glob("*.toml")), parser.add_argument
+    add("--only", choices=[*BENCHES], help="what to measure; default: all but presets")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: presets only")
+    add("--layers", type=enough, default=12, help="[12]")
+    add("--width", type=count, default=256, help="[256]")
+    add("--heads", type=count, default=4, help="[4]")
+    add("--seq", type=count, default=128, help="tokens per sequence [128]")
+    add("--vocab", type=count, default=8192, help="[8192]")
+    add("--batch", type=count, default=16, help="sequences per step [16]")
+    add("--rounds", type=count, default=15, help="timed steps of each candidate [15]")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="as for train.py [auto]")
+    add("--compile", action="store_true", help="compile the block")
+    add("--preset", choices=presets, help="presets: only this one")
+    add("--micro_batch", type=natural, default=0, help="presets: sequences at a time; 0: by preset")
+    add("--sequences", type=natural, default=0, help="presets: sequences per step; 0: the preset's batch, or its share")
+    add("--schedule", type=count, default=24, help="presets: steps that stand for the whole schedule [24]")
+    add("--peak", type=options.nonnegative, default=0.0, help="presets: the device's dense TFLOP/s; 0: by its name")
+    add("--json", help="write the figures to this file too")
+    add("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device == "cuda" and args.only not in (None, "presets"):
+        parser.error(f"--only {args.only} measures the CPU; --device cuda is for --only presets")
+    flags_of(args)  # refuses a network that cannot be
+    args.device, args.dtype = machine.choose(args.device, args.dtype)
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time steps, paths, batches; measure memory.")
-    parser.add_argument("--only", choices=[*BENCHES, *AT_FULL_SIZE])
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: presets, the only one made for it"
-    )
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--input", nargs="+", help="text for --only encoding; without it the manual, repeated")
-    parser.add_argument("--preset", help="presets: one of configs/, without .toml")
-    parser.add_argument("--micro_batch", type=int, default=0, help="presets: sequences at a time; 0: by preset")
-    parser.add_argument(
-        "--sequences", type=int, default=0, help="presets: of a step; 0: the preset's batch, or its share"
-    )
-    parser.add_argument("--schedule", type=int, default=24, help="presets: steps that stand for the whole schedule")
-    parser.add_argument("--peak", type=float, default=0.0, help="presets: the device's dense TFLOP/s; 0: by its name")
-    parser.add_argument("--json", help="write the figures to this file too")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.device == "cuda" and args.only not in (None, *AT_FULL_SIZE):
-        parser.exit(2, f"bench.py: --only {args.only} measures a CPU; with --device cuda there is --only presets\n")
-    try:
-        _ = args.input and prepare.text_files(args.input)
-    except ValueError as error:
-        parser.exit(2, f"bench.py: --input {error}\n")
+    args = read_flags()
     torch.manual_seed(0)
-    config = transformer.Config(args.layers, args.width, args.heads, 4 * args.width, args.seq, args.vocab, 0.0)
     if args.worker:
-        return worker(args, config)
-    train.steady_memory()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    shape = f"{config.layers} x {config.width}, sequence {config.seq}, batch {args.batch}"
-    print(f"\n  {machine}; {shape}; medians of {args.rounds} rounds\n")
-    report = {"machine": machine, "command": " ".join(sys.argv)}
-    chosen = [args.only] if args.only else AT_FULL_SIZE if args.device == "cuda" else BENCHES
+        return worker(args)
+    machine.settings()
+    chosen = [args.only] if args.only else ["presets"] if args.device == "cuda" else [*ON_CPU]
+    dtype = str(args.dtype).removeprefix("torch.")
+    report = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}"}
+    report |= {"command": " ".join(["python -m tools.bench", *sys.argv[1:]])}
+    print(f"\n  {report['machine']}; medians of {args.rounds} rounds")
+    if chosen != ["presets"]:
+        compiled = ", compiled" if args.compile else ""
+        print(f"  {args.layers} x {args.width}, {args.batch} x {args.seq} tokens a step{compiled}")
+    print()
     for name in chosen:
-        try:
-            (BENCHES | AT_FULL_SIZE)[name](args, config, report)
-        except ValueError as error:
-            parser.exit(2, f"bench.py: {error}\n")
+        if name in ("rival", "over") and not importlib.util.find_spec("transformers"):
+            print(f"  {name}: transformers is not installed (pip install transformers); not run")
+        else:
+            BENCHES[name](args, report)
         print()
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        log.write(args.json, json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    guard("tools.bench", main)

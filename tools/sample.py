@@ -1,24 +1,25 @@
-"""Ask a trained model: a BERT fills masks, a UL2 writes on, or writes what is missing.
+"""Ask a trained model: a BERT fills masks, a UL2 continues a text or fills its gaps.
 
-    python sample.py out/bert_toy-raptr-0 "If the [MASK] is empty, [MASK] is returned."
-    python sample.py out/ul2_toy-raptr-0 "Return a new"
-    python sample.py out/ul2_toy-raptr-0 "Return a ___ of all elements that ___."
-    python sample.py RUN TEXT --layers 6          the same from 6 random layers, beside the full model
+    python -m tools.sample out/bert_toy-raptr-0 "If the [MASK] is empty, [MASK] is returned."
+    python -m tools.sample out/ul2_toy-raptr-0 "Return a new"
+    python -m tools.sample out/ul2_toy-raptr-0 "Return a ___ of all elements that ___."
+    python -m tools.sample RUN TEXT --layers 6          the full model, and beside it a random path of 6 layers
 
-Without a text it asks for one, again and again. Not here: how the model was trained (train.py).
+Without a text it asks for one, again and again. Not here: decoding with a cache (UL2.generate in model.py).
 """
 
-import argparse
+import functools
 import random
 import sys
 
-import denoisers
 import torch
 
-from engine.errors import UserError
+from data import MODES, sentinels
+from engine.errors import UserError, guard
+from engine.options import command, count, natural, nonnegative, number
 from engine.runs import load_run
 from raptr import RaPTr, Stage, draw
-from text import prepare
+from text.prepare import CLS, MASK, PAD, SEP, SPECIAL, UNK
 
 GAP = "___"
 
@@ -29,12 +30,15 @@ GAP = "___"
 
 @torch.no_grad()
 def fill(model, tokenizer, text, subnetwork=None):
-    """For each [MASK] of a text, the probabilities (V,) of every token there."""
-    parts = [tokenizer.encode(part) for part in text.split("[MASK]")]
+    """Probabilities (M, V) of every token at each of the M places of a text that say [MASK].
+
+    Raises UserError if there is none, or the text is longer than the model's sequences.
+    """
+    pieces = [tokenizer.encode(piece) for piece in text.split("[MASK]")]
     cls, sep, mask = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.piece_to_id("[MASK]")
-    ids = [cls, *parts[0]]
-    for part in parts[1:]:
-        ids += [mask, *part]
+    ids = [cls, *pieces[0]]
+    for piece in pieces[1:]:
+        ids += [mask, *piece]
     ids.append(sep)
     if len(ids) > model.config.seq:
         raise UserError(f"the text has {len(ids)} tokens, and the model was trained on {model.config.seq} (--seq)")
@@ -43,24 +47,24 @@ def fill(model, tokenizer, text, subnetwork=None):
     if not masked.numel():
         raise UserError("there is no [MASK] in the text")
     logits = model.logits(tokens, masked, subnetwork)[0, :, : tokenizer.vocab_size()]
-    logits[:, [tokenizer.pad_id(), tokenizer.unk_id(), cls, sep, mask]] = -torch.inf
+    logits[:, [tokenizer.pad_id(), tokenizer.unk_id(), cls, sep, mask]] = -torch.inf  # a word is asked for
     return logits.float().softmax(-1)
 
 
 def show_fill(model, tokenizer, text, paths, top):
-    columns = [fill(model, tokenizer, text, path) for _, path in paths]
-    for number in range(len(columns[0])):
-        print(
-            f"\n  mask {number + 1}"
-            + "".join(f"{title:>32}" if i else f"  {title:26}" for i, (title, _) in enumerate(paths))
-        )
-        best = [column[number].topk(top) for column in columns]
+    """Print the likeliest words for each mask, one column per path. paths: [(title, subnetwork)]."""
+    columns = [fill(model, tokenizer, text, subnetwork) for _, subnetwork in paths]
+    for mask in range(len(columns[0])):
+        titles = "".join(f"  {title:32}" for title, _ in paths).rstrip()
+        print(f"\n  mask {mask + 1}{titles}")
+        best = [column[mask].topk(top) for column in columns]
         for rank in range(top):
             cells = []
-            for values, ids in best:
-                word = tokenizer.id_to_piece(int(ids[rank])).replace("▁", " ").strip() or "(space)"
-                cells.append(f"{word[:16]:16} {values[rank]:5.1%} {'█' * round(8 * float(values[rank])):8}")
-            print("          " + "  ".join(cells).rstrip())
+            for chances, ids in best:
+                word, chance = tokenizer.id_to_piece(int(ids[rank])), float(chances[rank])
+                word = word.replace("▁", " ").strip() or "(space)"
+                cells.append(f"  {word[:16]:16} {chance:5.1%} {'█' * round(8 * chance):9}")
+            print(("        " + "".join(cells)).rstrip())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -68,76 +72,70 @@ def show_fill(model, tokenizer, text, paths, top):
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token id from logits (V,). temperature 0: the likeliest. top_k: among so many. top_p: among the likeliest that
-    together have this probability (Holtzman et al., arXiv 1904.09751)."""
+    """Draw one token id (B,) per row of logits (B, V).
+
+    temperature: divides the logits; 0 takes the likeliest. top_k: draw among the k likeliest (0: all). top_p: draw
+    among the likeliest that together have this probability (Holtzman et al., arXiv 1904.09751).
+    """
     if temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax(-1)
     logits, order = logits.float().sort(descending=True)
     shares = (logits / temperature).softmax(-1)
     if top_k:
-        shares[top_k:] = 0
-    shares[1:][shares.cumsum(-1)[:-1] >= top_p] = 0  # the first one always stays
-    return int(order[torch.multinomial(shares, 1, generator=generator)])
+        shares[:, top_k:] = 0
+    shares[:, 1:][shares.cumsum(-1)[:, :-1] >= top_p] = 0  # the likeliest always stays
+    return order.gather(-1, torch.multinomial(shares, 1, generator=generator))[:, 0]
 
 
-@torch.no_grad()
-def generate(model, prefix, first, stop, banned, limit, subnetwork=None, **how):
-    """Token ids that follow `prefix`, one after another, `first` being the first, until one of `stop` or `limit` of them.
+def write(model, tokenizer, text, limit, subnetwork=None, choose=None):
+    """Fill every ___ of a text, or continue it if there is none. Returns [(piece, whether the model wrote it), ...].
 
-    Keys and values of what was read are kept, so each token costs one position. banned: ids that never come.
+    The prefix is what a denoiser shows: [X] and a sentinel per gap, or [S] and one sentinel at the end. The model then
+    writes each sentinel and what belongs there. limit: tokens that it writes at most. choose: as for UL2.generate.
+    Raises UserError for more gaps than there are sentinels, or a text that leaves no room in the model's sequences.
     """
-    past, written = {}, [first]
-    model.encode(torch.tensor([prefix]), subnetwork, past=past)  # a prefix is read in both directions: no mask
-    while len(written) < limit and written[-1] not in stop:
-        state = model.encode(torch.tensor([written[-1:]]), subnetwork, past=past)[0, -1]
-        logits = model.predict(state)
-        logits[banned] = -torch.inf
-        written.append(pick(logits, **how))
-    return written
-
-
-def write(model, tokenizer, text, limit, subnetwork=None, **how):
-    """A text with every ___ filled, or continued if there is none, as [(piece, whether the model wrote it), ...]."""
-    V = tokenizer.vocab_size()
-    sentinel, mode = V + len(denoisers.MODES), V + (2 if GAP in text else 1)  # [X] for gaps, [S] to go on
+    V, T = tokenizer.vocab_size(), model.config.seq
+    first_sentinel, mode = V + len(MODES), V + MODES.index("[X]" if GAP in text else "[S]")
     parts = text.split(GAP) if GAP in text else [text, ""]
-    if len(parts) - 1 > denoisers.sentinels(model.config.seq):
-        raise UserError(f"the model knows only {denoisers.sentinels(model.config.seq)} gaps")
+    gaps = len(parts) - 1
+    if gaps > sentinels(T):
+        raise UserError(f"the model knows only {sentinels(T)} gaps")
     prefix = [mode]
     for i, part in enumerate(parts):
-        prefix += tokenizer.encode(part) + ([sentinel + i] if i < len(parts) - 1 else [])
-    room = model.config.seq - len(prefix)
+        prefix += tokenizer.encode(part) + ([first_sentinel + i] if i < gaps else [])
+    room = T - len(prefix)
     if room < 2:
-        raise UserError(
-            f"the text has {len(prefix)} tokens, and the model was trained on {model.config.seq} in all (--seq)"
-        )
-    banned = [prepare.PAD, prepare.UNK, prepare.CLS, prepare.MASK, *range(V, V + len(denoisers.MODES))]
-    written = generate(model, prefix, sentinel, {prepare.SEP}, banned, min(room, limit + len(parts)), subnetwork, **how)
-    gaps, current = {}, None
-    for token in written:
+        raise UserError(f"the text has {len(prefix)} tokens, and the model was trained on {T} in all (--seq)")
+    banned = [PAD, UNK, CLS, MASK, *range(V, V + len(MODES))]
+    most = min(room - 1, limit + gaps)  # sentinels count as well; the first one is given
+    [ids] = model.generate([prefix], first_sentinel, {SEP}, banned, most, subnetwork, choose)
+    written, gap = {}, 0
+    for token in ids:
         if token >= V:
-            current = gaps.setdefault(token - sentinel, [])
-        elif current is not None and token >= prepare.SPECIAL:
-            current.append(token)
-    pieces = []
-    for i, part in enumerate(parts):
-        pieces += [(part, False)] + ([(tokenizer.decode(gaps.get(i, [])), True)] if i < len(parts) - 1 else [])
+            gap = token - first_sentinel
+        elif token >= SPECIAL:
+            written.setdefault(gap, []).append(token)
+    pieces = [(parts[0], False)]
+    for i, part in enumerate(parts[1:]):
+        pieces += [(tokenizer.decode(written.get(i, [])), True), (part, False)]
     return pieces
 
 
 def show_written(pieces):
     marks = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    print("  " + "".join(f"{marks[0]}{piece}{marks[1]}" if own else piece for piece, own in pieces))
+    print("  " + "".join(f"{marks[0]}{piece}{marks[1]}" if ours else piece for piece, ours in pieces))
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def answer(model, tokenizer, text, args):
+    """Print what the full model says, and with --layers what a random path says."""
     L, paths = len(model.blocks), [("full model", None)]
-    if args.layers and args.layers < L:
-        fixed = {0, L - 1} if args.layers > 1 else set()
-        path = RaPTr([Stage(1, 1, args.layers)], L, fixed).path(args.layers, f"{args.seed}")
+    if 0 < args.layers < L:
+        pinned = {0, L - 1} if args.layers > 1 else set()
+        path = RaPTr([Stage(1, 1, args.layers)], L, pinned).path(args.layers, f"{args.seed}")
         paths.append((f"{args.layers} of {L} layers", path))
         print(f"\n  the path of {args.layers} layers: {draw(path.layers, L)}")
     if model.config.arch == "bert":
@@ -145,46 +143,37 @@ def answer(model, tokenizer, text, args):
         return print()
     for title, path in paths:
         how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-        generator = torch.Generator().manual_seed(args.seed)
+        choose = functools.partial(pick, **how, generator=torch.Generator().manual_seed(args.seed))
         print(f"\n  {title}:")
-        show_written(write(model, tokenizer, text, args.tokens, path, generator=generator, **how))
+        show_written(write(model, tokenizer, text, args.tokens, path, choose))
     print()
 
 
 def main():
-    from engine.options import Parser, count, natural, nonnegative, number
-
-    parser = Parser(
-        prog="sample.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="run folder of train.py")
-    parser.add_argument("text", nargs="?", help="with [MASK] for a BERT, with ___ or to be continued for a UL2")
-    parser.add_argument("--layers", type=count, default=0, help="show also what so many random layers say")
-    parser.add_argument("--top", type=count, default=5, help="BERT: how many words for each mask [5]")
-    parser.add_argument("--tokens", type=count, default=40, help="UL2: how many at most [40]")
-    parser.add_argument(
-        "--temperature", type=nonnegative, default=0.7, help="UL2: 0 takes the likeliest each time [0.7]"
-    )
-    parser.add_argument("--top_k", type=natural, default=0, help="UL2: among the k likeliest; 0: all")
     share = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
-    parser.add_argument(
-        "--top_p", type=share, default=0.95, help="UL2: among the likeliest with this probability together [0.95]"
-    )
-    parser.add_argument("--seed", type=natural, default=random.randrange(1000), help="of path and words")
+    parser = command("tools.sample", __doc__)
+    add = parser.add_argument
+    add("run", help="run folder of train.py")
+    add("text", nargs="?", help="BERT: with [MASK] in it; UL2: with ___ in it, or to be continued")
+    add("--layers", type=count, default=0, help="show also a random path of so many layers")
+    add("--top", type=count, default=5, help="BERT: words to show for each mask [5]")
+    add("--tokens", type=count, default=40, help="UL2: most tokens to write [40]")
+    add("--temperature", type=nonnegative, default=0.7, help="UL2: divides the logits; 0: take the likeliest [0.7]")
+    add("--top_k", type=natural, default=0, help="UL2: draw among the k likeliest; 0: all [0]")
+    add("--top_p", type=share, default=0.95, help="UL2: draw among the likeliest of this probability [0.95]")
+    add("--seed", type=natural, default=random.randrange(1000), help="of the path and the words [random]")
     args = parser.parse_args()
+    model, tokenizer, _ = load_run(args.run)
+    if args.text is not None:
+        return answer(model, tokenizer, args.text, args)
+    kind = "with [MASK] in it" if model.config.arch == "bert" else "to be continued, or with ___ in it"
+    print(f"\n  A text {kind}; an empty line ends.")
     try:
-        model, tokenizer, _ = load_run(args.run)
-        if args.text is not None:
-            return answer(model, tokenizer, args.text, args)
-        kind = "with [MASK] in it" if model.config.arch == "bert" else "to be continued, or with ___ in it"
-        print(f"\n  A text {kind}; an empty line ends.")
         while text := input("\n> ").strip():
             answer(model, tokenizer, text, args)
     except EOFError:
         print()
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    guard("tools.sample", main)
