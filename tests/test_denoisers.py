@@ -1,10 +1,11 @@
-import denoisers
 import numpy as np
 import pytest
-from denoisers import DENOISERS, MODES, UL2, denoise, extra_tokens, span_mask
 
-from data import NO_TARGET, Corpus, rng
+import data
+from data import DENOISERS, MODES, NO_TARGET, UL2, Denoising, denoise, extra_tokens, span_mask
 from engine import options
+from engine.errors import UserError
+from text.corpus import Corpus, rng
 from text.prepare import SEP
 
 VOCAB, SEQ = 1000, 128
@@ -107,8 +108,8 @@ def counts_of_t5(t5, denoiser, n, seed):
 
 @pytest.mark.parametrize("seq", [512, 1280])
 def test_counts_are_those_of_t5(seq):
-    """Row by row the counts of T5's own code on as many tokens of text, up to what it rounds. (pip install t5; with -s it prints
-    results/denoisers.md.)"""
+    """Row by row the counts of T5's code on as many tokens of text, up to what it rounds. (pip install t5; with -s it
+    prints results/denoisers.md.)"""
     t5 = pytest.importorskip("t5.data.preprocessors", reason="the package `t5` is not installed")
     for name in UL2.split(","):
         denoiser, rows = DENOISERS[name], 200
@@ -145,29 +146,29 @@ def test_rows_are_full_whatever_the_draw():
 
 def test_the_mixture_is_even_and_can_be_weighted(corpus):
     corpus = Corpus(corpus)
-    view = denoisers.Denoised(corpus, denoisers.mixture(UL2))
-    modes = np.concatenate([view.batch(0, step, 64, 64)[0][:, 0] for step in range(1, 41)]) - corpus.vocab
+    batches = Denoising(64, corpus.vocab, data.mixture(UL2), corpus)
+    modes = np.concatenate([batches.batch(0, step, 64)[0][:, 0] for step in range(1, 41)]) - corpus.vocab
     assert np.bincount(modes, minlength=3) / len(modes) == pytest.approx([2 / 7, 1 / 7, 4 / 7], abs=0.03)
-    assert denoisers.mixture("r3,s:3") == {"r3": 0.25, "s": 0.75}
+    assert data.mixture("r3,s:3") == {"r3": 0.25, "s": 0.75}
 
 
 def test_a_batch_is_a_function_of_seed_and_step(corpus):
-    view = denoisers.Denoised(Corpus(corpus), denoisers.mixture(UL2))
-    again = denoisers.Denoised(Corpus(corpus), denoisers.mixture(UL2))
-    again.batch(3, 8, 16, 64)
-    for a, b in zip(view.batch(3, 9, 16, 64), again.batch(3, 9, 16, 64)):
+    corpus = Corpus(corpus)
+    batches, again = (Denoising(64, corpus.vocab, data.mixture(UL2), corpus) for _ in range(2))
+    again.batch(3, 8, 16)
+    for a, b in zip(batches.batch(3, 9, 16), again.batch(3, 9, 16)):
         np.testing.assert_array_equal(a, b)
-    assert any((a != b).any() for a, b in zip(view.batch(3, 9, 16, 64), view.batch(4, 9, 16, 64)))
+    assert any((a != b).any() for a, b in zip(batches.batch(3, 9, 16), batches.batch(4, 9, 16)))
 
 
 def test_targets_per_row_are_those_of_real_batches(corpus):
     args = options.parse(["--config", "configs/ul2_toy.toml"])
-    view = denoisers.view(args, Corpus(corpus))
-    real = np.mean([(view.batch(0, step, 64, 64)[2] != NO_TARGET).sum(1).mean() for step in range(1, 21)])
-    assert denoisers.targets_per_row(args) == pytest.approx(real, rel=0.03)
+    objective = data.objective(args, Corpus(corpus))
+    real = np.mean([(objective.batch(0, step, 64)[2] != NO_TARGET).sum(1).mean() for step in range(1, 21)])
+    assert data.objective(args).targets_per_row() == pytest.approx(real, rel=0.03)
 
 
 @pytest.mark.parametrize("bad", ["r4", "r3,", "r3:0", "r3:x", "r3:-1", "s:inf"])
 def test_a_bad_mixture(bad, capsys):
-    with pytest.raises(ValueError, match="--denoisers"):
-        denoisers.mixture(bad)
+    with pytest.raises(UserError, match="--denoisers"):
+        data.mixture(bad)

@@ -6,15 +6,17 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
-from data import Corpus
+from engine import ROOT
+from engine.errors import UserError
 from text import hub, prepare
+from text.corpus import Corpus
 from text.prepare import prepare as write
 
 
 def run(*arguments, first="0"):
-    """data.py, after the statement `first`."""
-    code = f"import sys, runpy; {first}; sys.argv = {['data.py', *map(str, arguments)]}; runpy.run_path('data.py', None, '__main__')"
+    """text.prepare, after the statement `first`."""
+    code = f"import sys, runpy; {first}; sys.argv = {['', *map(str, arguments)]}; "
+    code += "runpy.run_module('text.prepare', None, '__main__')"
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
 
@@ -73,10 +75,10 @@ def test_a_corpus_is_its_files(folder, text, tmp_path, monkeypatch):
 
 
 def test_another_state_of_a_corpus_is_another_corpus(folder):
-    before = hub.rows(f"hf:{folder}")
+    before = hub.shards(f"hf:{folder}")
+    assert prepare.facts_of(before) == prepare.facts_of(hub.shards(f"hf:{folder}"))
     os.utime(folder / "train-1.parquet", (1, 1))
-    hub.builder.cache_clear()  # as a later process would see it
-    assert prepare.facts_of(before) != prepare.facts_of(hub.rows(f"hf:{folder}"))
+    assert prepare.facts_of(before) != prepare.facts_of(hub.shards(f"hf:{folder}"))
 
 
 def test_what_is_not_there_or_not_text(folder, tmp_path):
@@ -97,8 +99,8 @@ def test_what_is_not_there_or_not_text(folder, tmp_path):
         f"hf:{folder}:train:fine": "fine", "hf:": "name",
     }  # fmt: skip
     for address, word in words.items():
-        with pytest.raises(ValueError, match=word) as error:
-            [*hub.texts(hub.rows(address)[0])]
+        with pytest.raises(UserError, match=word) as error:
+            [*hub.texts(hub.shards(address)[0])]
         assert "\n" not in str(error.value)
     shown = run("--input", f"hf:{tmp_path}/no_text", "--out", tmp_path / "out", "--vocab", 512)
     assert shown.returncode == 2 and "body, n" in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
