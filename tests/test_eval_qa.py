@@ -3,18 +3,20 @@ import random
 import sys
 from pathlib import Path
 
-import denoisers
 import pytest
 import torch
 
 import model as transformer
+from data import objective
 from engine import checkpoint, options
+from engine.errors import guard
+from engine.runs import load_run
 from evals import qa as eval_qa
 from evals import qa_files as qa
 from evals.spans import Spans, places, windows
 from processes import script
+from raptr import Subnetwork
 from text import prepare
-from tools import sample
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +25,14 @@ def runs(corpus, tmp_path_factory):
     made, tokenizer = {}, (corpus / "tokenizer.model").read_bytes()
     for arch in ("bert", "ul2"):
         out = tmp_path_factory.mktemp(arch) / "run"
-        flags = f"--layers 2 --width 32 --heads 2 --seq 64 --dropout 0 --init_std 0.3 --arch {arch} --method full --out {out}"
-        args = options.parse([*flags.split(), *(["--positions", "rotary"] if arch == "ul2" else [])])
+        flags = f"--layers 2 --width 32 --heads 2 --seq 64 --dropout 0 --init_std 0.3 --arch {arch} --method full"
+        flags += f" --out {out} --positions rotary" if arch == "ul2" else f" --out {out}"
+        args = options.parse(flags.split())
         out.mkdir()
         (out / "tokenizer.model").write_bytes(tokenizer)
         (out / "config.json").write_text(json.dumps(vars(args)))
         vocab = prepare.load_tokenizer(out / "tokenizer.model").vocab_size()
-        model = transformer.make(transformer.Config.of(args, denoisers.model_vocab(args, vocab)), seed=1)
+        model = transformer.make(transformer.Config.of(args, objective(args, vocab=vocab).model_vocab), seed=1)
         checkpoint.save(out, 0, {"model": {name: p.detach() for name, p in model.named_parameters()}}, {})
         made[arch] = out
     return made
@@ -62,9 +65,9 @@ def files(tmp_path_factory):
 
 def main(monkeypatch, *args):
     """The command within this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["eval_qa.py", *map(str, args)])
+    monkeypatch.setattr(sys, "argv", ["evals.qa", *map(str, args)])
     try:
-        eval_qa.main()
+        guard("evals.qa", eval_qa.main)
     except SystemExit as end:
         return end.code
     return 0
@@ -74,11 +77,11 @@ def main(monkeypatch, *args):
 
 
 def test_a_batch_writes_what_one_row_does_without_a_cache(runs):
-    model, tokenizer, _ = sample.load_run(runs["ul2"])
+    model, tokenizer, _ = load_run(runs["ul2"])
     V, rng = tokenizer.vocab_size(), random.Random(0)
     rows = [[V + 1, *rng.choices(range(5, V), k=9), V + 3] for _ in range(8)]
     stop, banned = set(range(5, 125)), list(range(V, model.config.vocab))
-    together = eval_qa.write(model, rows, V + 3, stop, banned, 12)
+    together = model.generate(rows, V + 3, stop, banned, 12)
     for prefix, written in zip(rows, together):
         slow = [V + 3]
         while len(slow) < 13 and slow[-1] not in stop:
@@ -87,6 +90,13 @@ def test_a_batch_writes_what_one_row_does_without_a_cache(runs):
             slow.append(int(logits.argmax()))
         assert written == [token for token in slow[1:] if token not in stop]
     assert len({len(written) for written in together}) > 2  # some stopped early, and went on in the batch without harm
+    # One by one, and chosen by hand; over some of the layers: another text.
+    assert [model.generate([row], V + 3, stop, banned, 12)[0] for row in rows] == together
+    second = lambda logits: logits.topk(2).indices[:, 1]  # noqa: E731
+    assert model.generate(rows, V + 3, stop, banned, 12, choose=lambda logits: logits.argmax(-1)) == together
+    assert model.generate(rows, V + 3, stop, banned, 12, choose=second) != together
+    assert model.generate(rows, V + 3, stop, banned, 12, Subnetwork((0,))) != together
+    assert model.generate(rows, V + 3, set(range(V)), banned, 12) == [[]] * 8
 
 
 def test_rows_of_a_batch_have_one_length():
@@ -106,7 +116,7 @@ def test_examples_depend_on_seed_task_and_question_and_never_are_the_question(fi
 
 
 def test_what_does_not_fit_goes_from_the_front(runs):
-    tokenizer = sample.load_run(runs["ul2"])[1]
+    tokenizer = load_run(runs["ul2"])[1]
     asked, others = qa.Question("1", "what is it", ["x"], "a text of some words"), [
         qa.Question(str(i), "who " * i, [f"answer {i}"] if i != 2 else []) for i in (1, 2, 3)]  # fmt: skip
     whole, shown, cut = eval_qa.prompt(tokenizer, asked, others, 1000)
@@ -124,15 +134,17 @@ def test_what_does_not_fit_goes_from_the_front(runs):
 def test_a_stopped_run_goes_on_and_its_file_can_be_scored(runs, files, tmp_path, monkeypatch, capsys):
     flags = ["--task", "nq_open", "--data", files / "nq.jsonl"]
     asking = [*flags, "--shots", 1, runs["ul2"], "--out", tmp_path / "out", "--batch", 3, "--tokens", 4]
-    shown = script("eval_qa.py", *asking)
+    shown = script("evals.qa", *asking)
     assert shown.returncode == 0 and "of 1 examples (from --data" in shown.stdout, shown.stderr
     first, written = (tmp_path / "out" / "predictions.json").read_text(), tmp_path / "out" / "runs" / "0.jsonl"
     lines = written.read_bytes().splitlines(True)
     assert len(lines) == len(json.loads(first)) == 40 and len(set(json.loads(first).values())) > 5
     written.write_bytes(b"".join(lines[:17]) + lines[17][:9])  # killed while it wrote
-    asked = []
-    monkeypatch.setattr(eval_qa, "write", lambda model, rows, *how, write=eval_qa.write: asked.append(len(rows)) or
-                        write(model, rows, *how))  # fmt: skip
+    (tmp_path / "out" / "runs" / "0.json").unlink()
+    asked, generate = [], transformer.UL2.generate
+    monkeypatch.setattr(
+        transformer.UL2, "generate", lambda model, rows, *how: asked.append(len(rows)) or generate(model, rows, *how)
+    )
     assert main(monkeypatch, *asking) == 0 and (tmp_path / "out" / "predictions.json").read_text() == first
     assert 0 < sum(asked) < 30
     asked.clear()
@@ -157,7 +169,7 @@ def test_a_limit_takes_the_same_questions_each_time(files):
 
 
 def test_tokens_know_their_places(runs):
-    tokenizer = sample.load_run(runs["bert"])[1]
+    tokenizer = load_run(runs["bert"])[1]
     text = "Ab ☃☃ naïve 𝄞\n\n of  the “wall”, 3.5▁km"
     ids, found = places(tokenizer, text)
     assert ids == tokenizer.encode(text) and {i for b, e in found for i in range(b, e)} == set(range(len(text)))
@@ -182,7 +194,7 @@ def test_wordpiece_knows_its_places(tmp_path):
 
 @pytest.mark.parametrize("longest, stride", [(64, 20), (40, 9), (32, 100)])
 def test_windows_cover_the_context_and_labels_are_the_answers(runs, files, longest, stride):
-    tokenizer = sample.load_run(runs["bert"])[1]
+    tokenizer = load_run(runs["bert"])[1]
     questions = qa.read_task("squad_v2", files / "train.json")
     found = windows(tokenizer, questions, longest, stride, "train.json")
     labelled, seen = set(), {}
@@ -201,7 +213,7 @@ def test_windows_cover_the_context_and_labels_are_the_answers(runs, files, longe
 
 def test_the_best_span_against_trying_all(runs, files):
     """And padding does not change it: all windows at once, one at a time."""
-    model, tokenizer, _ = sample.load_run(runs["bert"])
+    model, tokenizer, _ = load_run(runs["bert"])
     part = windows(tokenizer, qa.read_task("squad_v2", files / "dev.json")[:6], 48, 16)
     marker = Spans(model, tokenizer, 0).eval()
     for w, (value, first, last, nothing) in zip(part, marker.best(part, 3), strict=True):

@@ -6,24 +6,34 @@ from unittest import mock
 
 import pytest
 
+from engine.errors import guard
 from evals import qa as eval_qa
 from evals import qa_files as qa
 
 QUESTIONS = [
-    {"id": "1", "question": "who", "answers": [{"text": "The cat", "answer_start": 0}, {"text": "cat", "answer_start": 4}],
-     "is_impossible": False},
+    {"id": "1", "question": "who", "is_impossible": False,
+     "answers": [{"text": "The cat", "answer_start": 0}, {"text": "cat", "answer_start": 4}]},
     {"id": "2", "question": "when", "answers": [], "is_impossible": True},
     {"id": "3", "question": "where", "answers": [{"text": "Paris", "answer_start": 15}], "is_impossible": False},
 ]  # fmt: skip
 PARAGRAPH = {"context": "The cat sat in Paris.", "qas": QUESTIONS}
 SQUAD = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [PARAGRAPH]}]}
+NQ = [{"question": "q1", "answer": ["14 December 1972", "December 1972"]}, {"question": "q2", "answer": ["7"]}]
+ANSWER = {"Value": "Sunset Boulevard", "Aliases": ["Sunset Blvd.", "Sunset Boulevard"],
+          "NormalizedAliases": ["sunset blvd", "sunset boulevard"]}  # fmt: skip
+TRIVIA = {
+    "Data": [
+        {"QuestionId": "t1", "Question": "q", "Answer": ANSWER,
+         "EntityPages": [{"Filename": "Webber.txt"}], "SearchResults": [{"Filename": "35/35_995.txt"}]},
+    ],
+    "Domain": "Wikipedia", "VerifiedEval": False, "Version": 1.0,
+}  # fmt: skip
 FILES = {
     "squad_v2": json.dumps(SQUAD),
-    "nq_open": '{"question": "q1", "answer": ["14 December 1972", "December 1972"]}\n{"question": "q2", "answer": ["7"]}\n',
+    "nq_open": "".join(json.dumps(line) + "\n" for line in NQ),
     "webquestions": json.dumps([{"qId": "w0", "qText": "q", "answers": ["A b", "c"]}]),
-    "triviaqa": json.dumps({"Data": [{"QuestionId": "t1", "Question": "q",
-                                      "Answer": {"Value": "Sunset Boulevard", "Aliases": ["Sunset Blvd."]}}]}),
-}  # fmt: skip
+    "triviaqa": json.dumps(TRIVIA),
+}
 
 
 def run(tmp_path, task, content, predictions, suffix=".json"):
@@ -32,12 +42,12 @@ def run(tmp_path, task, content, predictions, suffix=".json"):
     command = ["--task", task, "--data", tmp_path / "data.json", "--score", tmp_path / f"p{suffix}"]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        mock.patch("sys.argv", ["eval_qa.py", *map(str, command)]),
+        mock.patch("sys.argv", ["evals.qa", *map(str, command)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            eval_qa.main()  # in this process: two dozen starts of Python with torch take a minute
+            guard("evals.qa", eval_qa.main)  # in this process: two dozen starts of Python with torch take a minute
         except SystemExit as end:
             code = end.code
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
@@ -65,6 +75,47 @@ def test_any_right_answer_counts(tmp_path, task, predictions, em, f1):
     assert result["em"] == em and result["f1"] == pytest.approx(f1)
 
 
+def read(tmp_path, task, content):
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    return qa.read_task(task, tmp_path / "data.json")
+
+
+def test_an_answer_without_words_stays_right(tmp_path):
+    """ "A+" is a blood type: the article goes, and the plus. Only SQuAD v2's script drops such answers."""
+    content = '{"question": "q1", "answer": ["A+", "AB"]}\n{"question": "q2", "answer": ["7"]}\n'
+    for given, em in (("A+", 0.5), ("a", 0.5), ("AB", 0.5), ("O", 0)):
+        result = run(tmp_path, "nq_open", content, json.dumps({"q1": given, "q2": "8"}))
+        assert json.loads(result.stdout)["nq_open"] == {"em": em, "f1": 0.5 * (given == "AB"), "of": 2}
+    squad = json.loads(FILES["squad_v2"].replace('"cat"', '"A+"'))
+    question = read(tmp_path, "squad_v2", squad)[:1]
+    assert qa.score("squad_v2", question, {"1": "A+"})["em"] == 0 == qa.score("squad_v2", question, {"1": ""})["f1"]
+    squad["data"][0]["paragraphs"][0]["qas"][0]["answers"] = [{"text": "A+", "answer_start": 0}]
+    question = read(tmp_path, "squad_v2", squad)[:1]  # none left: no answer is right
+    assert qa.score("squad_v2", question, {"1": ""}) | {"HasAns": 0, "NoAns": 0} == {
+        "em": 1, "f1": 1, "of": 1, "HasAns": 0, "NoAns": 0}  # fmt: skip
+
+
+def test_the_web_domain_is_asked_of_questions_and_documents(tmp_path):
+    assert [q.id for q in read(tmp_path, "triviaqa", TRIVIA)] == ["t1"]
+    web = read(tmp_path, "triviaqa", TRIVIA | {"Domain": "Web"})
+    assert [q.id for q in web] == ["t1--Webber.txt", "t1--35/35_995.txt"]
+    assert all(q.answers == ["sunset blvd", "sunset boulevard"] and q.shown == "Sunset Boulevard" for q in web)
+    assert qa.score("triviaqa", web, {"t1--Webber.txt": "Sunset Blvd", "t1--35/35_995.txt": "no"})["em"] == 0.5
+
+
+def test_a_verified_set_counts_what_people_verified(tmp_path):
+    """Its verified questions, with the answers people gave; in the Web domain its verified documents."""
+    first = TRIVIA["Data"][0] | {"QuestionPartOfVerifiedEval": True, "Answer": ANSWER | {"HumanAnswers": ["The Blvd!"]}}
+    first |= {"EntityPages": [{"Filename": "Webber.txt", "DocPartOfVerifiedEval": False}],
+              "SearchResults": [{"Filename": "35/35_995.txt", "DocPartOfVerifiedEval": True}]}  # fmt: skip
+    other = TRIVIA["Data"][0] | {"QuestionId": "t2", "QuestionPartOfVerifiedEval": False}
+    verified = TRIVIA | {"Data": [other, first], "VerifiedEval": True}
+    questions = read(tmp_path, "triviaqa", verified)
+    assert [q.id for q in questions] == ["t1"] and qa.score("triviaqa", questions, {"t1": "blvd"})["em"] == 1
+    assert [q.id for q in read(tmp_path, "triviaqa", verified | {"Domain": "Web"})] == ["t1--35/35_995.txt"]
+    assert [q.id for q in read(tmp_path, "triviaqa", verified | {"VerifiedEval": False})] == ["t2", "t1"]
+
+
 def test_predictions_as_lines(tmp_path):
     lines = '{"question": "q1", "prediction": "December 1972"}\n{"question": "q2", "prediction": "7"}\n'
     assert json.loads(run(tmp_path, "nq_open", FILES["nq_open"], lines, ".jsonl").stdout)["nq_open"]["em"] == 1
@@ -77,7 +128,8 @@ BAD = [
     ("nq_open", FILES["nq_open"].replace('"answer": ["7"]', '"answers": ["7"]'), "line 2"),
     ("nq_open", FILES["nq_open"] + "{", "line 3"),
     ("webquestions", FILES["webquestions"].replace("qId", "id"), "question 0"),
-    ("triviaqa", FILES["triviaqa"].replace("Aliases", "Alias"), "question 0"),
+    ("triviaqa", FILES["triviaqa"].replace("NormalizedAliases", "Alias"), "question 0"),
+    ("triviaqa", FILES["triviaqa"].replace("Domain", "Domains"), "layout"),
     ("triviaqa", "[]", "layout"),
     ("squad_v2", "{", "line 1"),
 ]
