@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import torch
 
 import train
-from conftest import ROOT
-from engine import options
+from engine import ROOT, options
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -35,7 +34,8 @@ def command(argv, folder, cwd):
 
 
 def script(*argv, text="", cwd=ROOT):
-    """Run a script of the project (train.py, tools.sample) with `text` to read. Returns its returncode, stdout, stderr."""
+    """Run a script of the project (train.py, tools.sample) with `text` to read. Returns its returncode, stdout and
+    stderr."""
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/in", "w") as file:
             file.write(text)

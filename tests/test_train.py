@@ -202,6 +202,43 @@ def test_other_flags_are_refused_with_both_values(tiny):
     assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
 
 
+def older(run, **changed):
+    """Make a run one of an earlier version, whose config.json has flags that no longer exist. Only its first half is
+    left."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**options.REMOVED, **config, **changed}))
+    for folder in checkpoint.folders(run)[6:]:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("method", ["raptr", "pld", "layerdrop", "ramp", "jump"])
+def test_a_run_of_an_earlier_version_continues(tiny, method):
+    more = ["--method", method, *(["--stages", "2-4"] if method == "jump" else []), "--save_every", 1, "--keep", 99]
+    run = go(tiny, *more)
+    expected, final = trajectory(run), weights(run)
+    older(run)
+    go(tiny, *more)
+    assert trajectory(run) == expected and same(weights(run), final) and events(run, "resume")[0]["changed"] == {}
+
+
+@pytest.mark.parametrize("name, value", [("theta_bar", 0.4), ("jump_from", 2), ("drop_gate", "batch")])
+def test_a_run_with_a_flag_that_no_longer_exists_is_refused(tiny, name, value):
+    run = go(tiny, "--save_every", 1, "--keep", 99)
+    older(run, **{name: value})
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    shown = command(tiny, "--save_every", 1, "--keep", 99)
+    assert shown.returncode == 2 and f"--{name}" in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+def test_an_old_run_that_drew_layers_for_each_sequence_is_refused(tiny):
+    flags = [flag for flag in tiny if flag not in ("--stages", "2-3-4")] + ["--method", "decreasing"]
+    run = go(flags, "--save_every", 1, "--keep", 99)
+    older(run)
+    shown = command(flags, "--save_every", 1, "--keep", 99)
+    assert shown.returncode == 2 and "each sequence" in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+
+
 def test_two_runs_in_one_folder(tiny, tmp_path):
     first = subprocess.Popen(
         [sys.executable, "train.py", *tiny, "--steps", "100000"], cwd=ROOT, stderr=subprocess.DEVNULL
