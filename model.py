@@ -357,11 +357,12 @@ class UL2(Stack):
         return self.predict(self.states(tokens, prefix, subnetwork))
 
     def forward(self, batch, subnetwork=None):
-        """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T). The
-        head runs only where there is a target."""
-        tokens, prefix, targets = batch
-        written = targets != -100
-        return self.cross_entropy(self.states(tokens, prefix, subnetwork)[written], targets[written])
+        """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T), and
+        perhaps the positions (N,) of the targets among B T. The head runs only where there is a target."""
+        tokens, prefix, targets, *positions = batch
+        positions = positions[0] if positions else (targets.flatten() != -100).nonzero()[:, 0]  # a GPU would wait here
+        states = self.states(tokens, prefix, subnetwork).flatten(0, 1)
+        return self.cross_entropy(states[positions], targets.flatten()[positions])
 
     @torch.no_grad()
     def generate(self, prefixes, first, stop, banned, limit, subnetwork=None, choose=None):

@@ -16,8 +16,8 @@ from engine import options
 if __name__ == "__main__":
     ARGS = options.parse(sys.argv[1:])  # before torch is loaded, so that --help and a wrong flag answer at once
 
+import contextlib
 import math
-import operator
 import platform
 import time
 
@@ -101,45 +101,60 @@ def learning_rate(args, step, since_growth=math.inf):
 # One step, and one evaluation
 
 
-def loss_and_gradients(model, batch, subnetwork, micro_batch, dropout_seed, autocast, ranks):
-    """(loss, gradients) of this rank's share of a batch, taken `micro_batch` sequences at a time.
+def to_device(arrays, device):
+    """The arrays of a batch (data.py) as tensors. On a GPU the host does not wait for the copies, and UL2 gets a fourth
+    tensor, the positions of its targets, as finding them there would make the host wait."""
+    arrays = list(arrays)
+    if arrays[1].ndim == 1:  # a prefix: UL2
+        arrays.append(np.flatnonzero(arrays[2] != data.NO_TARGET))
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
-    The loss is the rank's part of the mean over all targets of the batch. There is one gradient per parameter, None
-    if the subnetwork skipped it. The model is left without gradients.
+
+def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autocast, ranks):
+    """Leave in `.grad` the gradients of the batch, summed over its micro-batches and over all ranks. Those of skipped
+    layers are None. Returns this rank's part of the mean loss over all targets.
+
+    One process adds up the first and the second half of the batch apart, then both: two processes, of which each has
+    one half, get the same bits. This takes one more set of gradients at most; otherwise micro-batches add up in place.
     """
-    targets = int((batch[2] != data.NO_TARGET).sum())
+    parameters, targets = list(model.parameters()), int((batch[2] != data.NO_TARGET).sum())
+    count = len(batch[0]) // micro_batch // ranks.size  # micro-batches of this rank
+    starts = [(ranks.rank * count + i) * micro_batch for i in range(count)]
+    inputs = [to_device([rows[start : start + micro_batch] for rows in batch], ranks.device) for start in starts]
+    halves = [range(count // 2), range(count // 2, count)] if ranks.size == 1 and count > 1 else [range(count)]
+    losses, first_half = [], []
+    for half in halves:
+        total = 0.0
+        for i in half:
+            torch.manual_seed(dropout_seed + starts[i])  # dropout, too, is a function of (seed, step)
+            with autocast:
+                loss = model(inputs[i], subnetwork) / targets
+            with ranks.summing(parameters) if i == count - 1 else contextlib.nullcontext():
+                loss.backward()  # adds to what is in .grad
+            total = total + loss.detach().double()
+        losses.append(total)
+        if len(halves) > 1 and half is halves[0]:
+            first_half = [p.grad for p in parameters]
+            model.zero_grad(set_to_none=True)
+    for p, gradient in zip(parameters, first_half):
+        if gradient is not None:
+            p.grad.add_(gradient)
+    return sum(losses)
 
-    def one(i):  # micro-batch i of the whole batch
-        start, end = i * micro_batch, (i + 1) * micro_batch
-        torch.manual_seed(dropout_seed + start)  # dropout, too, is a function of (seed, step)
-        tensors = [torch.from_numpy(rows[start:end]).to(ranks.device) for rows in batch]
-        with autocast:
-            loss = model(tensors, subnetwork) / targets
-        loss.backward()
-        gradients = [p.grad for p in model.parameters()]
-        model.zero_grad(set_to_none=True)
-        return loss.detach().double(), gradients
 
-    def add(a, b):
-        return a[0] + b[0], [x if y is None else x.add_(y) for x, y in zip(a[1], b[1])]
-
-    count = len(batch[0]) // micro_batch // ranks.size
-    return parallel.pairwise(one, ranks.rank * count, (ranks.rank + 1) * count, add)
-
-
-def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed=0):
+def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed=0, exchange=None):
     """Update the part of a model that `subnetwork` names (None: all of it). Returns (loss, gradient norm, bytes sent).
 
     batch: three arrays of the whole batch, the last one targets; every rank trains on its share. args: --micro_batch,
-    --clip and --skipped_grad count. Raises NotFinite, before anything is updated, if the loss or the norm is not
-    finite.
+    --clip and --skipped_grad count. exchange: this rank's loss to the losses of all ranks, by default ranks.gather.
+    Raises NotFinite, before anything is updated, if the loss or the norm is not finite.
     """
     cut = width.cut(model, subnetwork, optimizer)  # of RaPTr in width: empty otherwise
-    rank_loss, gradients = loss_and_gradients(model, batch, subnetwork, args.micro_batch, dropout_seed, autocast, ranks)
-    # Sum over the ranks the gradients that exist: those of skipped layers are not sent.
-    trained = [p for p, g in zip(model.parameters(), gradients) if g is not None]
-    for p, g in zip(trained, ranks.reduce([g for g in gradients if g is not None])):
-        p.grad = g
+    rank_loss = forward_backward(model, batch, subnetwork, args.micro_batch, dropout_seed, autocast, ranks)
+    trained = [p for p in model.parameters() if p.grad is not None]
     bytes_sent = sum(p.numel() * p.element_size() for p in trained) if ranks.size > 1 else 0
     # A skipped layer's gradient is None: AdamW leaves its weights and its moments alone. A gradient of zero is another
     # algorithm, which decays the moments and lets them move the weights. The paper does not say which it uses.
@@ -147,9 +162,10 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
         width.restore(model, cut)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    norm = float(parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)))
-    losses = [loss for loss, *_ in ranks.gather(float(rank_loss))]
-    loss = parallel.pairwise(losses.__getitem__, 0, ranks.size, operator.add)
+    norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
+    rank_loss, norm = torch.stack([rank_loss, norm.double()]).tolist()  # the one time that the host waits for a GPU
+    losses = exchange(rank_loss) if exchange else [loss for (loss,) in ranks.gather(rank_loss)]
+    loss = sum(losses)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         error = NotFinite(f"loss {loss}, gradient norm {norm}")
         error.ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or [*range(ranks.size)]
@@ -162,7 +178,7 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
 
 @torch.no_grad()
 def evaluate(model, batch, subnetworks, micro_batch, autocast, ranks):
-    """Mean loss, in nats, on a fixed batch of tensors, the last one targets. Each of several subnetworks gets an
+    """Mean loss, in nats, on a fixed batch of arrays, the last one targets. Each of several subnetworks gets an
     equal share of the sequences.
 
     The ranks take turns of `micro_batch` sequences. They run equally many forward passes, as FSDP2 needs; the surplus
@@ -171,11 +187,12 @@ def evaluate(model, batch, subnetworks, micro_batch, autocast, ranks):
     losses = []
     model.eval()
     for i, subnetwork in enumerate(subnetworks):
-        turns = list(zip(*(tensor[i :: len(subnetworks)].split(micro_batch) for tensor in batch)))
+        rows = [array[i :: len(subnetworks)] for array in batch]
+        turns = [[array[at : at + micro_batch] for array in rows] for at in range(0, len(rows[0]), micro_batch)]
         rank_losses, cut = [0.0] * len(turns), width.cut(model, subnetwork)
         for turn in range(ranks.rank, -(-len(turns) // ranks.size) * ranks.size, ranks.size):
             with autocast:
-                loss = float(model(turns[turn % len(turns)], subnetwork))
+                loss = float(model(to_device(turns[turn % len(turns)], ranks.device), subnetwork))
             if turn < len(turns):
                 rank_losses[turn] = loss
         width.restore(model, cut)
@@ -197,7 +214,7 @@ def describe(args, config, objective, held_out, method, corpus):
         "params": transformer.parameters(config),
         "relative_flops_layers": args.layers / mean,
         "relative_flops_step": full_step / transformer.flops(config, args.batch, targets, mean),
-        "unigram_loss": objective.unigram_loss(held_out[2].cpu().numpy()),
+        "unigram_loss": objective.unigram_loss(held_out[2]),
         "seed": args.seed,
         "data": {"source": corpus.meta["source"], "fingerprint": corpus.fingerprint},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -216,7 +233,6 @@ def main(args, ranks):
     corpus.count("train", args.seq)
     objective = data.objective(args, corpus)
     held_out = objective.held_out(args.eval_sequences, args.eval_on == "tuning")
-    held_out = [torch.from_numpy(array).to(ranks.device) for array in held_out]
     config = transformer.Config.of(args, objective.model_vocab)
     initial = None
     if args.init and not checkpoint.folders(args.out):
@@ -256,10 +272,11 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         total=args.steps, initial=run.step, unit=" steps", disable=None if ranks.first else True, dynamic_ncols=True
     )
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
+    ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals.received)
     for step in range(run.step + 1, args.steps + 1):
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)
-        if ranks.agree(step, subnetwork, bool(signals.received)):
+        if ranks.agree(step) or (ranks.size == 1 and signals.received):
             if run.saved < step - 1:
                 run.save(step - 1, model, optimizer, last=True)
             bar.close()
@@ -283,8 +300,15 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             group["lr"] = lr
         layers = list(subnetwork.layers) if subnetwork else list(range(len(model.blocks)))
         dropout_seed = int(rng(args.seed, "dropout", step).integers(1 << 62))
+        following = method.subnetwork(step + 1) if step < args.steps else None
+
+        def exchange(loss, step=step, following=following):
+            return ranks.exchange(loss, step + 1, following, signals.received)
+
         try:
-            loss, norm, sent = train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed)
+            loss, norm, sent = train_step(
+                model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed, exchange
+            )
         except NotFinite as error:
             order = np.split(objective.corpus.order(args.seed, step, args.batch, args.seq), ranks.size)
             sequences = ", ".join(str(i) for rank in error.ranks for i in order[rank])

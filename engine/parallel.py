@@ -4,12 +4,13 @@
     torchrun --nproc_per_node 8 train.py --fsdp      FSDP2: weights, gradients and moments are sharded, block by block
 
 Every process ("rank") derives the same path and the same batch from (seed, step) and trains on its share of the batch.
-Data parallel needs one all-reduce a step, over the gradients of the layers that ran: skipped layers are not sent. (DDP
-would send everything, or hang: it expects the same parameters in every step.) Under FSDP2 a skipped block is never
+Data parallel sums the gradients of the layers that ran: skipped layers are not sent. (DDP would send everything, or
+hang: it expects the same parameters in every step.) Under FSDP2 a skipped block is never
 gathered. With one process nothing here communicates, and torch.distributed is not started.
 Not here: the loop (train.py).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine import machine
 from engine.errors import Disagreement, Exit
+
+BUCKET = 1 << 25  # bytes of gradients that are sent together
 
 
 class Left(Exit):
@@ -42,7 +45,7 @@ class Ranks:
     def __init__(self, device, timeout=600.0):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0  # only the first rank writes
-        self.device, self.step, self.waits = torch.device(device), 0, 0
+        self.device, self.step, self.waits, self.announced = torch.device(device), 0, 0, None
         if self.size == 1:
             return
         backend = "gloo"
@@ -60,31 +63,35 @@ class Ranks:
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
     def gather(self, *numbers, code=0):
-        """Up to three numbers of every rank, as [(a, b, c), ...] by rank, with 0 for those not given if there are
-        several ranks. Raises Left if a rank has left."""
+        """Up to four numbers of every rank, as [(a, b, ...), ...] by rank. Raises Left if a rank has left."""
         if self.size == 1:
             return [numbers]
-        mine = torch.tensor([code, *numbers, *[0] * (3 - len(numbers))], dtype=torch.float64)  # exact up to 2^53
+        mine = torch.tensor([code, *numbers, *[0] * (4 - len(numbers))], dtype=torch.float64)  # exact up to 2^53
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine)
         codes = [int(row[0]) for row in rows]
         if any(codes):
             mildest = min(code for code in codes if code)  # of 1 to 5, and 75, stopped and saved
             raise Left(mildest, codes.index(mildest))
-        return [tuple(row[1:].tolist()) for row in rows]
+        return [tuple(row[1 : 1 + len(numbers)].tolist()) for row in rows]
 
-    def agree(self, step, subnetwork, stop):
-        """Whether any rank wants to stop. Raises Disagreement unless all are at this step with this subnetwork."""
-        self.step = step
-        if self.size == 1:
-            return stop
+    def exchange(self, loss, step, subnetwork, stop):
+        """The loss of every rank. With it travels what `agree` looks at when `step` begins: the step, the subnetwork,
+        and whether a rank wants to stop. So a step needs one exchange, and different paths are found before they
+        run."""
         path = int.from_bytes(hashlib.sha256(repr(subnetwork).encode()).digest()[:6], "big")
-        rows = self.gather(step, path, stop)
-        for rank, (their_step, their_path, _) in enumerate(rows):
-            if (their_step, their_path) != (step, path):
-                what = f"is at step {their_step:.0f}" if their_step != step else "would train other layers"
+        self.announced = self.gather(loss, step, path, bool(stop))
+        return [loss for loss, *_ in self.announced]
+
+    def agree(self, step):
+        """Whether any rank wants to stop before `step`. Raises Disagreement unless all have announced this step with
+        the same subnetwork."""
+        self.step, (_, my_step, my_path, _) = step, self.announced[self.rank]
+        for rank, (_, their_step, their_path, _) in enumerate(self.announced):
+            if (their_step, their_path) != (my_step, my_path):
+                what = f"is at step {their_step:.0f}" if their_step != my_step else "would train other layers"
                 raise Disagreement(f"step {step}: rank {rank} {what}, unlike rank {self.rank}; nothing was updated")
-        return any(stop for _, _, stop in rows)
+        return any(stop for *_, stop in self.announced)
 
     def first_does(self, work):
         """Call work() on rank 0 and return its result, a JSON value, on all ranks. However long it takes, the others
@@ -138,14 +145,43 @@ class Ranks:
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
-    def reduce(self, gradients):
-        """Sums over ranks of gradients, as views of one buffer, from one all-reduce. FSDP2 has summed its own
-        already."""
-        if self.size == 1 or any(isinstance(g, DTensor) for g in gradients):
-            return gradients
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
+    @contextlib.contextmanager
+    def summing(self, parameters):
+        """Within this context, a backward pass sums the gradients of all ranks, in buckets, while it runs. Parameters
+        of skipped layers get no gradient, and nothing is sent for them. FSDP2 sums by itself."""
+        if self.size == 1 or any(isinstance(p, DTensor) for p in parameters):
+            yield
+            return
+        bucket, in_flight = [], []
+
+        def send():
+            if bucket:
+                flat = torch.cat([p.grad.flatten() for p in bucket])
+                in_flight.append((dist.all_reduce(flat, async_op=True), flat, bucket.copy()))
+                bucket.clear()
+
+        def receive():
+            work, flat, sent = in_flight.pop(0)
+            work.wait()
+            for p, total in zip(sent, flat.split([p.numel() for p in sent])):
+                p.grad.copy_(total.view_as(p))
+
+        def ready(p):
+            bucket.append(p)
+            if sum(p.grad.nbytes for p in bucket) >= BUCKET:
+                send()
+                while in_flight[0][0].is_completed() and len(in_flight) > 1:
+                    receive()  # frees the bucket's memory
+
+        hooks = [p.register_post_accumulate_grad_hook(ready) for p in parameters]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        send()
+        while in_flight:
+            receive()
 
     def add(self, values):
         """Sums over ranks of a list of numbers, the same on all."""
@@ -158,7 +194,7 @@ class Ranks:
     # --- sharding ---------------------------------------------------------------------------------------------------
 
     def shard(self, model):
-        """FSDP2: each block on its own, and the rest together. Gradients are summed, as in `reduce`, not averaged."""
+        """FSDP2: each block on its own, and the rest together. Gradients are summed, as in `summing`, not averaged."""
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
         from torch.distributed.fsdp import fully_shard
 
@@ -202,15 +238,6 @@ def is_lost(error):
     """Whether an error comes from the process group: another process was lost, or did not answer in time."""
     signs = ("gloo", "connection", "timed out", "timeout", "socket", "store", "nccl", "peer")
     return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
-
-
-def pairwise(part, first, last, add):
-    """The sum of part(first) .. part(last - 1), added by halves. The order does not depend on who computes which
-    half, so one and two processes get the same bits."""
-    if last - first == 1:
-        return part(first)
-    middle = (first + last) // 2
-    return add(pairwise(part, first, middle, add), pairwise(part, middle, last, add))
 
 
 def reshard(model):
