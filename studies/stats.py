@@ -1,4 +1,4 @@
-"""What the studies share: intervals, differences paired by seed, exponents, runs of a results folder, Markdown tables.
+"""What the studies share: intervals, differences paired by seed, exponents, the runs of a results folder, tables.
 
 Not here: what is measured (compare.py, stability.py, polynomials.py). No torch.
 A run is one line of results/NAME/runs.jsonl: {"arm": its method, "seed": ..., and what was measured}.
@@ -163,6 +163,14 @@ def markdown(about, first):
     if about["jumps"]:
         lines += ["## Loss just before and after each change", "", *jump_table(about["jumps"])]
     return "\n".join(lines) + "\n"
+
+
+def plot_band(axes, x, samples, style="-", alpha=0.2, **more):
+    """Plot the mean of samples [(values at one x), ...], in a band of one standard deviation."""
+    means, stds = ([of(values) for values in samples] for of in (statistics.mean, statistics.stdev))
+    line = axes.plot(x, means, style, **more)[0]
+    low, high = ([mean + sign * std for mean, std in zip(means, stds)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=alpha, lw=0)
 
 
 def commit():

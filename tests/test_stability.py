@@ -4,9 +4,10 @@ import statistics
 import pytest
 import torch
 
+from conftest import ROOT
 from processes import script
-from raptr import Subnetwork, whole
-from studies import stability
+from raptr import Subnetwork, all_layers
+from studies import stability, stats
 from test_train import go
 
 
@@ -16,14 +17,14 @@ def test_two_layers_by_hand():
     weights, x = torch.randn(2, 5, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     n = lambda v: torch.stack([row / (row @ row / 5) ** 0.5 for row in v])  # noqa: E731
     first = x + n(x) @ weights[0].T
-    torch.testing.assert_close(stability.run(weights, x, whole(2), True, True), n(first + n(first) @ weights[1].T))
+    torch.testing.assert_close(stability.run(weights, x, all_layers(2), True, True), n(first + n(first) @ weights[1].T))
     torch.testing.assert_close(stability.run(weights, x, Subnetwork((1,)), True, True), n(x + n(x) @ weights[1].T))
     plain = x @ weights[0].T @ weights[1].T
-    torch.testing.assert_close(stability.run(weights, x, whole(2), False, False), n(plain))
+    torch.testing.assert_close(stability.run(weights, x, all_layers(2), False, False), n(plain))
 
 
 def test_an_exponent_is_found():
-    assert stability.slope([(L, 3 * L**-0.7) for L in (2, 4, 8, 50)]) == pytest.approx(-0.7)
+    assert stats.slope([(L, 3 * L**-0.7) for L in (2, 4, 8, 50)]) == pytest.approx(-0.7)
 
 
 def test_only_residual_networks_with_norm_become_stable():
@@ -37,7 +38,7 @@ def test_every_subnetwork_of_one_layer_less():
 
 
 def run(*args):
-    return script("stability.py", *args)
+    return script("studies.stability", *args)
 
 
 def test_a_trained_model(tiny, tmp_path):
@@ -52,6 +53,20 @@ def test_a_trained_model(tiny, tmp_path):
         tmp_path / "out" / "run.png"
     ).exists()
     assert all(0 < abs(jump) <= bound for *_, jump, bound in found["stages"])
+    table = (tmp_path / "out" / "run.md").read_text()
+    assert table.startswith("Made by: `python -m studies.stability --run")
+    (tmp_path / "out" / "run.md").unlink()
+    assert run("--rebuild", "--out", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "run.md").read_text() == table
+
+
+def test_committed_tables_come_from_committed_numbers(tmp_path):
+    for file in (ROOT / "results/stability").glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    assert run("--rebuild", "--out", tmp_path).returncode == 0
+    for name in ("initialisation.md", "stages.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "results/stability" / name).read_text()
+    assert run("--rebuild", "--out", tmp_path / "nowhere").returncode == 2
 
 
 def test_jumps_of_the_logs(tmp_path):
