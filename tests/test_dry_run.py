@@ -5,15 +5,15 @@ import sys
 import pytest
 import torch
 
-from engine import ROOT
-from engine import dry_run, options
+from engine import ROOT, dry_run, options
 from test_train import command
 
 MEASURE = """
-import sys, train, options
+import sys, train
+from engine import machine, options
 def peak():
     return [int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
-train.steady_memory = lambda: None  # so that freed memory goes back, and the peak is that of what is alive
+machine.steady_memory = lambda: None  # so that freed memory goes back, and the peak is that of what is alive
 before = peak()
 assert train.start(options.parse(sys.argv[1:])) == 0
 print(peak() - before)
@@ -22,8 +22,18 @@ print(peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is measured as Linux gives it")
 def test_memory_is_what_a_run_takes(tiny, tmp_path):
-    flags = "--layers 6 --width 256 --heads 4 --seq 256 --batch 32 --steps 2 --method full --dtype float32 --device cpu".split()
-    flags = [*flags, "--eval_sequences", "8", "--data", tiny[tiny.index("--data") + 1], "--out", str(tmp_path / "run")]
+    flags = "--layers 6 --width 256 --heads 4 --seq 256 --batch 32 --steps 2 --method full --dtype float32"
+    flags = [
+        *flags.split(),
+        "--device",
+        "cpu",
+        "--eval_sequences",
+        "8",
+        "--data",
+        tiny[tiny.index("--data") + 1],
+        "--out",
+        str(tmp_path / "run"),
+    ]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     shown = subprocess.run([sys.executable, "-c", MEASURE, *flags], capture_output=True, text=True, env=env)
     measured = int(shown.stdout.split()[-1])
