@@ -219,6 +219,7 @@ class Stack(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config, self.dropout = config, config.dropout
+        self.recompute = False  # --recompute
         self.pooler = None  # {"weight", "bias"} of the layer above [CLS], if it came with one (hf.py)
         C, V = config.width, config.padded_vocab
         post = config.norm == "post"
@@ -269,7 +270,8 @@ class Stack(nn.Module):
             x = x + self.positions.weight[start : start + T]
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
-        x = F.dropout(self.embedding_norm(x), self.dropout, self.training)
+        # The residual stream is float32, also where FSDP2 gathers weights in bfloat16.
+        x = F.dropout(self.embedding_norm(x).float(), self.dropout, self.training)
         rotation = (
             (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
         )
@@ -291,7 +293,12 @@ class Stack(nn.Module):
             visible = mask if width is None or self.relative is None else mask[:, width.heads[i]]
             shared = Shared(rotation, visible, None if past is None else past.setdefault(layer, {}), gain)
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= subnetwork.frozen):
-                x = self.blocks[layer](x, scales[i], shared)
+                if (
+                    self.recompute and torch.is_grad_enabled()
+                ):  # keep a block's input alone, and run it again for its gradient
+                    x = checkpoint(self.blocks[layer], x, scales[i], shared, use_reentrant=False)
+                else:
+                    x = self.blocks[layer](x, scales[i], shared)
         return self.final_norm(x)
 
     def predict(self, x):
@@ -411,7 +418,7 @@ def flops(config, sequences, targets, layers=None):
 
     layers: how many layers run (`Subnetwork.cost`), all by default; may be a fraction, for a mean. Counted are all
     matrix products, attention (as if nothing were hidden) and head included, at 2 FLOPs per multiply-add; the
-    backward pass is twice the forward. What `loss_chunk` computes again is not counted.
+    backward pass is twice the forward. What `loss_chunk` and `--recompute` compute again is not counted.
     """
     C, T = config.width, config.seq
     layer = (

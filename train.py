@@ -60,9 +60,9 @@ def make_optimizer(model, args):
 def build(args, config, depth, ranks):
     """(model, optimizer): a fresh model with the lowest `depth` of its blocks, on its device, sharded with --fsdp."""
     model = transformer.make(config, args.seed).to(ranks.device)
-    model.blocks = model.blocks[:depth]
+    model.blocks, model.recompute = model.blocks[:depth], args.recompute
     if args.fsdp:
-        ranks.shard(model)
+        ranks.shard(model, machine.choose(args.device, args.dtype)[1])
     if args.compile:
         for block in model.blocks:
             block.compile()  # one graph serves all blocks and all paths
@@ -256,6 +256,7 @@ def main(args, ranks):
     else:
         run.record("resume", step=run.step, **facts, changed=run.changed)
     loop(args, ranks, run, method, objective, config, model, optimizer, held_out, autocast)
+    run.close()
     if ranks.first:
         log.summarize(run.folder)
 
@@ -278,7 +279,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         subnetwork = method.subnetwork(step)
         if ranks.agree(step) or (ranks.size == 1 and signals.received):
             if run.saved < step - 1:
-                run.save(step - 1, model, optimizer, last=True)
+                run.save(step - 1, model, optimizer, last=True, stopping=True)
             bar.close()
             raise Stopped(f"stopped by {signals.name()} after step {step - 1}; the same command continues")
 

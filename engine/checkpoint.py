@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,13 +28,22 @@ from engine.errors import NoCheckpoint, NotFinite, UserError
 # Models and optimizers, as tensors
 
 
-def state(model, optimizer):
-    """All that a checkpoint holds, as {file: {name: tensor}}. Sharded tensors are gathered, so all ranks must ask.
-    Moments bear the names of their weights."""
-    weights = {name: parallel.full(p.detach()) for name, p in model.named_parameters()}
-    moments = {f"{key}.{name}": m for name, p in model.named_parameters() for key, m in optimizer.state[p].items()}
-    assert len(moments) == 3 * len(weights)
-    return {"model": weights, "optimizer": {name: parallel.full(value) for name, value in moments.items()}}
+def state(model, optimizer, keep=True):
+    """All that a checkpoint holds, as {file: {name: tensor}}, the moments under the names of their weights.
+
+    Sharded tensors are gathered, so all ranks must ask. keep: False on ranks that do not save: they take part in
+    gathering one tensor at a time, and get empty groups. Tensors of a GPU are copied to the host.
+    """
+    groups = {"model": {}, "optimizer": {}}
+    for name, p in model.named_parameters():
+        for group, key, tensor in [("model", name, p.detach())] + [
+            ("optimizer", f"{kind}.{name}", moment) for kind, moment in optimizer.state[p].items()
+        ]:
+            tensor = parallel.full(tensor)
+            if keep:
+                groups[group][key] = tensor.cpu()
+    assert not keep or len(groups["optimizer"]) == 3 * len(groups["model"])
+    return groups
 
 
 @torch.no_grad()
@@ -94,12 +104,11 @@ def step_of(folder):
     return int(folder.name.removeprefix("step_"))
 
 
-def save(run, step, tensors, meta, keep=2, keep_every=0):
-    """Write RUN/step_XXXXXXXX/, read it back, and only then delete older ones: all but the newest `keep` and those of
-    every `keep_every`-th step (0: none).
+def save(run, step, tensors, meta):
+    """Write RUN/step_XXXXXXXX/. Older checkpoints stay (`prune` deletes them).
 
     tensors: {file name: {tensor name: tensor}}; meta: a JSON object.
-    Raises OSError (a full disk, say), which leaves the older ones as they were, or NotFinite before it writes anything.
+    Raises OSError (a full disk, say), which leaves everything as it was, or NotFinite before it writes anything.
     """
     final = Path(run, f"step_{step:08d}")
     folder = Path(run, f".step_{step:08d}.tmp")
@@ -121,21 +130,29 @@ def save(run, step, tensors, meta, keep=2, keep_every=0):
             except SafetensorError as error:  # what it raises where the disk is full
                 raise OSError(str(error)) from None
         (folder / "meta.json").write_text(json.dumps(meta))
-        manifest = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
-        }
+        files = sorted(folder.iterdir())
+        with ThreadPoolExecutor(1) as pool:  # hash what is still in memory, while it is flushed to the disk
+            digests = pool.map(sha256, files)
+            for file in files:
+                sync(file)
+            manifest = {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests)}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for file in folder.iterdir():
-            sync(file)
+        sync(folder / "manifest.json")
         sync(folder)
         folder.rename(final)
         sync(run)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(run, step, keep=2, keep_every=0):
+    """Read the checkpoint of `step` back, and only if it is good delete older ones: all but the newest `keep` and
+    those of every `keep_every`-th step (0: none). Prints a warning if it is not good."""
     try:
-        verify(final)
+        verify(Path(run, f"step_{step:08d}"))
     except UserError as error:
-        raise OSError(f"it was written, and reads back otherwise: {error}") from None
+        print(f"warning: the checkpoint of step {step} was written, and reads back otherwise: {error}", file=sys.stderr)
+        return
     for old in folders(run)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
             shutil.rmtree(old)

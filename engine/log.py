@@ -24,8 +24,9 @@ def read_jsonl(path):
 
 
 def read_log(run):
-    """The events of a run, oldest first."""
-    return read_jsonl(Path(run, "log.jsonl"))
+    """The events of a run, oldest first; none if it has no log yet."""
+    path = Path(run, "log.jsonl")
+    return read_jsonl(path) if path.exists() else []
 
 
 def write(path, text):
@@ -109,7 +110,8 @@ def summarize(run):
     print(
         f"  all FLOPs       full training costs {step:.3f} times as many ({1 - 1 / step:.1%} saved), as the head always runs"
     )
-    print(f"  files           {run}/: log.jsonl, {'loss.png, ' if figure else ''}{max(run.glob('step_*[0-9]')).name}\n")
+    files = ["log.jsonl", *["loss.png"] * bool(figure), max(run.glob("step_*[0-9]")).name]
+    print(f"  files           {run}/: {', '.join(files)}\n")
 
 
 def main():

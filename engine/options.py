@@ -195,6 +195,7 @@ def machine_flags(add):
     text = "precision of matrix products; auto: bfloat16 where the hardware has it"
     add.flag("dtype", str, "auto", text, choices=["auto", "float32", "bfloat16"])
     add.switch("compile", "compile the block, once for all layers and paths")
+    add.switch("recompute", "keep no activations inside blocks: less memory, a third more work in the layers")
     add.switch("deterministic", "use only kernels that give the same bits every time")
     add.flag("threads", natural, 0, "CPU threads; 0: torch's choice")
     add.switch("fsdp", "under torchrun: shard weights, gradients and moments (FSDP2)")

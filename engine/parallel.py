@@ -193,13 +193,22 @@ class Ranks:
 
     # --- sharding ---------------------------------------------------------------------------------------------------
 
-    def shard(self, model):
-        """FSDP2: each block on its own, and the rest together. Gradients are summed, as in `summing`, not averaged."""
-        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
-        from torch.distributed.fsdp import fully_shard
+    def shard(self, model, dtype=torch.float32):
+        """FSDP2: each block on its own, and the rest together. Gradients are summed, as in `summing`, not averaged.
 
+        dtype: of gathered weights; gradients are summed in float32. A block's weights are freed after its forward
+        pass and gathered again for the backward pass, unless a gathered model takes less than a tenth of a GPU.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+        gathered = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        fits = self.device.type == "cuda" and gathered < torch.cuda.get_device_properties(self.device).total_memory / 10
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if dtype != torch.float32:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in [*model.blocks, model]:
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False if fits else None)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

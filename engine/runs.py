@@ -7,6 +7,7 @@ tokenizer. Not here: what a checkpoint is (engine/checkpoint.py), the training l
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 import model as transformer
 from data import objective
 from engine import checkpoint, log, mirror, options
-from engine.errors import Exit, UserError
+from engine.errors import Exit, NoCheckpoint, UserError
 from text.corpus import open_corpus
 from text.prepare import load_tokenizer
 from text.wordpiece import WordPiece
@@ -22,7 +23,7 @@ from text.wordpiece import WordPiece
 # Flags that may differ when a run is continued. All others would make it another run.
 MAY_CHANGE = {
     *("config", "out", "data", "init", "init_moments", "micro_batch", "eval_every", "save_every", "keep", "keep_every"),
-    *("log_to", "device", "compile", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"),
+    *("log_to", "device", "compile", "recompute", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"),
 }
 
 
@@ -43,7 +44,7 @@ class Run:
         self.folder, self.args, self.ranks = Path(args.out), args, ranks
         self.flags = {**vars(args), "data_fingerprint": corpus.fingerprint}
         self.tokenizer_sha256 = corpus.meta["tokenizer_sha256"]
-        self.changed, self.newest = {}, None
+        self.changed, self.newest, self.pruning = {}, None, None
 
         def open_folder():
             self.lock = checkpoint.lock(self.folder)
@@ -51,6 +52,9 @@ class Run:
             tokenizer = (corpus.folder / "tokenizer.model").read_bytes()
             (self.folder / "tokenizer.model").write_bytes(tokenizer)  # for all that comes after training
             self.newest = checkpoint.load_newest(self.folder)
+            if self.newest is None and any(event["event"] in ("save", "done") for event in log.read_log(self.folder)):
+                raise NoCheckpoint(f"--out {self.folder}: its log says that checkpoints were saved, and none is left; "
+                                   "put one back, or choose another --out")  # fmt: skip
             return self.newest[1]["step"] if self.newest else 0
 
         self.step = self.saved = ranks.first_does(open_folder)
@@ -76,7 +80,7 @@ class Run:
         whether the run has ended already."""
         events, path = [], self.folder / "log.jsonl"
         if self.ranks.first:
-            if self.step and path.exists():
+            if self.step:
                 events = [event for event in log.read_log(self.folder) if event.get("step", 0) <= self.step]
             log.write(path, "".join(json.dumps(event) + "\n" for event in events))
         self.log = open(path if self.ranks.first else os.devnull, "a")
@@ -92,26 +96,44 @@ class Run:
         for show in self.mirrors:
             show(event, facts)
 
-    def save(self, step, model, optimizer, last):
-        """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time, raises
-        SaveFailed; else training goes on, older checkpoints stay, and the next interval tries again."""
-        tensors = checkpoint.state(model, optimizer)  # under FSDP2 all ranks gather it
+    def save(self, step, model, optimizer, last, stopping=False):
+        """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time (`last`),
+        raises SaveFailed; else training goes on, older checkpoints stay, and the next interval tries again.
+
+        It is read back, and older ones are deleted, in a thread; a run that is `stopping` does not wait for that.
+        """
+        tensors = checkpoint.state(model, optimizer, keep=self.ranks.first)
         meta = {"step": step, "flops": self.flops, "seconds": self.seconds, "flags": self.flags}
         meta["tokenizer_sha256"] = self.tokenizer_sha256
 
         def write():
+            if self.pruning:
+                self.pruning.join()
             try:
-                checkpoint.save(self.folder, step, tensors, meta, self.args.keep, self.args.keep_every)
+                checkpoint.save(self.folder, step, tensors, meta)
             except OSError as error:  # a full disk, say
                 return str(error)
 
         problem = self.ranks.first_does(write)
         if problem is None:
             self.saved = step
+            self.record("save", step=step)
+            if self.ranks.first and not stopping:
+                arguments = (self.folder, step, self.args.keep, self.args.keep_every)
+                self.pruning = threading.Thread(target=checkpoint.prune, args=arguments, daemon=True)
+                self.pruning.start()
         elif last:
             raise SaveFailed(f"the state at step {step} could not be saved: {problem}")
         elif self.ranks.first:
             print(f"warning: no checkpoint at step {step}, training goes on: {problem}", file=sys.stderr)
+
+    def close(self):
+        """Finish what `save` began, and unlock the folder."""
+        if self.pruning:
+            self.pruning.join()
+        self.log.close()
+        if self.ranks.first:
+            self.lock.close()
 
 
 def check_config(folder, flags):
