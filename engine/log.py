@@ -108,7 +108,7 @@ def summarize(run):
     print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {frequency:.3f}")
     print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
     print(
-        f"  all FLOPs       full training costs {step:.3f} times as many ({1 - 1 / step:.1%} saved), as the head always runs"
+        f"  all FLOPs       full training costs {step:.3f} times as many ({1 - 1 / step:.1%} saved): the head always runs"
     )
     files = ["log.jsonl", *["loss.png"] * bool(figure), max(run.glob("step_*[0-9]")).name]
     print(f"  files           {run}/: {', '.join(files)}\n")
