@@ -106,10 +106,9 @@ def summarize(run):
     took, frequency = span(last["seconds"]), first["unigram_loss"]
     print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {took} of training\n")
     print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {frequency:.3f}")
-    print(f"  layer FLOPs     full training costs {layers:.3f} times as many ({1 - 1 / layers:.1%} saved)")
-    print(
-        f"  all FLOPs       full training costs {step:.3f} times as many ({1 - 1 / step:.1%} saved): the head always runs"
-    )
+    saved = [f"full training costs {x:.3f} times as many ({1 - 1 / x:.1%} saved)" for x in (layers, step)]
+    print(f"  layer FLOPs     {saved[0]}")
+    print(f"  all FLOPs       {saved[1]}: the head always runs")
     files = ["log.jsonl", *["loss.png"] * bool(figure), max(run.glob("step_*[0-9]")).name]
     print(f"  files           {run}/: {', '.join(files)}\n")
 
