@@ -41,14 +41,14 @@ class Dropped(Full):
         return Subnetwork(kept, tuple(1 / keep[layer] for layer in kept) if self.inverse else None)
 
 
-def pld(layers, steps, mean_depth=None, seed=0):
+def pld(layers, steps, mean_depth=None, seed=0, gamma=None):
     """Progressive layer dropping. theta(t) = (1 - theta_bar) exp(-gamma t) + theta_bar with gamma = 100 / T. Layer l of
     1 .. L is kept with probability 1 - l/L (1 - theta(t)), and its update is divided by that probability.
 
-    theta_bar: 0.5, the published default, or what makes the run's mean depth `mean_depth`.
+    theta_bar: 0.5, the published default, or what makes the run's mean depth `mean_depth`. gamma: another one.
     Raises ValueError for a mean depth that would need theta_bar < 0.
     """
-    gamma = 100 / steps
+    gamma = gamma or 100 / steps
     theta_bar = 0.5 if mean_depth is None else theta_bar_for(mean_depth, layers, mean_settling(steps, gamma))
     if theta_bar < 0:
         least = f"{(layers - 1) / 2:g} of {layers}"

@@ -1,28 +1,30 @@
 """Which degrees of a polynomial does each method learn, and when?
 
-    python polynomials.py                       all arms, widths and seeds; a table, a figure, a verdict in results/polynomials/
-    python polynomials.py --jobs 2              two runs at a time. A second start skips what is finished
+    python -m studies.polynomials            all arms, widths and seeds: table, figure, verdict in results/polynomials/
+    python -m studies.polynomials --jobs 2   two runs at a time. A second start skips finished runs and rebuilds these
 
 The statement. For x uniform on {-1, 1}^d let
-    f*(x) = sum over degrees k = 1 .. D, j = 1 .. m of c_kj chi_kj(x),    chi_kj(x) = product of x_i, i in S_kj, |S_kj| = k,
-and call u_k = sum over j of (E[f(x) chi_kj(x)] - c_kj)^2, c_kj^2 = 1 / m: what f has not learned of degree k.
-    (i) u_k falls for low k first;   (ii) under PLD, whose networks shrink, u_k of high k stalls;   (iii) under RaPTr it falls.
+    f*(x) = sum over degrees k = 1 .. D and j = 1 .. m of c_kj chi_kj(x),   c_kj^2 = 1 / m,
+where chi_kj(x) is the product of x_i over i in S_kj, and |S_kj| = k. What a network f has not learned of degree k is
+    u_k = sum over j of (E[f(x) chi_kj(x)] - c_kj)^2.
+(i) u_k falls for low k first. (ii) Under PLD, whose networks shrink, it stalls for high k. (iii) Under RaPTr it falls.
 
-S_kj is random, and nested, S_1j in S_2j in ...: without lower ones beneath them even full training hardly learns high degrees
-in minutes, which says nothing about the other methods. A residual network f is trained on fresh draws; u_k is estimated on
-held-out inputs, always of the full network. All arms cost 3/4 of full training's layer FLOPs, but `full`, which is there for
-reference. Each arm's learning rate is chosen on seeds 100-102, at one width, and scaled by 1 / width.
-Not here: the methods (raptr.py, layerdrop.py, stacking.py), which are used as they are.
+S_kj is random, and nested, S_1j in S_2j in ...: without lower ones beneath them even full training hardly learns high
+degrees in minutes, which says nothing about the other methods. A residual network f is trained on fresh samples of x;
+u_k is estimated on held-out inputs, always of the full network. All arms cost 3/4 of full training's layer FLOPs, but
+`full`, which is there for reference. Each arm's learning rate is chosen on seeds 100-102, at one width, and scaled by
+1 / width. Not here: the methods (raptr.py, methods/layerdrop.py, stacking.py), which are used as they are.
 
-Source: RaPTr (Panigrahi et al., arXiv 2402.05913), its polynomial toy. We know no more of its setting than 20 residual layers
-and D = 10; nesting, d, m, layers (8), widths, optimizer and steps are ours.
+Source: RaPTr (Panigrahi et al., arXiv 2402.05913), its polynomial toy. We know no more of its setting than 20 residual
+layers and D = 10; nesting, d, m, layers (8), widths, optimizer and steps are ours.
 Legend: L layers, C width, n inputs, d variables, D degrees, m monomials of each degree.
 """
 
-import argparse
 import json
 import math
+import shlex
 import statistics
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -30,19 +32,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import rng
-from engine.errors import UserError
-from methods.layerdrop import mean_settling, pld, theta_bar_for
-from raptr import Full, RaPTr, Stage, stage_plan, whole
+from engine import options
+from engine.errors import UserError, guard
+from engine.log import read_jsonl, subplots, write
+from methods.layerdrop import pld
+from raptr import Full, RaPTr, Stage, all_layers, stage_plan
 from stacking import Stacking, grow, stacking
-from studies.compare import interval
+from studies import stats
+from text.corpus import rng
 
 TUNING_SEED, TUNING_WIDTH, RATES = 100, 40, (3e-3, 6e-3, 12e-3, 24e-3)  # rates at that width
-ARMS = {
-    "full": "full, equal steps", "full_flops": "full, equal FLOPs", "raptr": "RaPTr", "constant": "constant-p",
-    "pld": "PLD", "pld_slow": "PLD, shrinking slowly", "stacking": "gradual stacking",
-}  # fmt: skip
-COLORS = ["black", "black", "tab:red", "tab:orange", "tab:blue", "deepskyblue", "tab:green"]
+ARMS = {  # name: (label, color)
+    "full": ("full, equal steps", "black"),
+    "full_flops": ("full, equal FLOPs", "black"),
+    "raptr": ("RaPTr", "tab:red"),
+    "constant": ("constant-p", "tab:orange"),
+    "pld": ("PLD", "tab:blue"),
+    "pld_slow": ("PLD, shrinking slowly", "deepskyblue"),
+    "stacking": ("gradual stacking", "tab:green"),
+}
 
 
 class Setting(NamedTuple):
@@ -68,12 +76,15 @@ def signs(n, d, *name):
 
 
 def target(s, seed):
-    """(sets of variables, low degrees first; coefficients, their squares summing to 1 in each degree). Set j of degree k is
-    the first k variables of a random order of all; orders that give the same set twice are drawn again. Coefficients are of
-    random sign and one size: where sizes are random a small one holds up all that is nested in it, more than any method does."""
-    draws, chains = rng(seed, "target"), []
+    """(sets of variables, low degrees first; coefficients, whose squares sum to 1 in each degree).
+
+    Set j of degree k is the first k variables of a random order of all; orders that give the same set twice are drawn
+    again. Coefficients have random signs and one size: of random sizes, a small one would hold up all that is nested in
+    it, more than any method does.
+    """
+    generator, chains = rng(seed, "target"), []
     while len(chains) < s.monomials:
-        chain = draws.permutation(s.inputs)[: s.degrees].tolist()
+        chain = generator.permutation(s.inputs)[: s.degrees].tolist()
         if not any(set(chain[:k]) == set(other[:k]) for other in chains for k in range(1, s.degrees + 1)):
             chains.append(chain)
     sets = [tuple(sorted(chain[:k])) for k in range(1, s.degrees + 1) for chain in chains]
@@ -88,13 +99,14 @@ def characters(x, sets):
 def unlearned(outputs, chi, coefficients, sets):
     """{degree: u_k} from outputs (n,) and monomials (n, sets) at the same inputs.
 
-    The coefficients of f - f* are estimated, not those of f: the same mean over all inputs, as the monomials are orthogonal,
-    and far less noise over n of them once f is close to f*. What noise there is adds about m E[(f - f*)^2] / n to u_k."""
+    The coefficients of f - f* are estimated, not those of f. Their mean over all inputs is the same, as the monomials
+    are orthogonal, and over n inputs they have far less noise once f is close to f*: about m E[(f - f*)^2] / n in u_k.
+    """
     missing = (outputs - chi @ coefficients) @ chi / len(outputs)
-    found = dict.fromkeys(map(len, sets), 0.0)
+    by_degree = dict.fromkeys(map(len, sets), 0.0)
     for variables, value in zip(sets, missing.tolist()):
-        found[len(variables)] += value**2
-    return found
+        by_degree[len(variables)] += value**2
+    return by_degree
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -102,20 +114,20 @@ def unlearned(outputs, chi, coefficients, sets):
 
 
 def initial(depth, layers, d, width, seed):
-    """Weights of `depth` blocks, those of a deeper network's lowest ones. The output is 0; a block's update is of size
+    """Weights of `depth` blocks, the lowest ones of a network of `layers`. The output is 0. A block's update has size
     1 / sqrt(layers), so that the stream does not grow with depth."""
-    draws = rng(seed, "weights")
-    normal = lambda *shape: torch.from_numpy(draws.standard_normal(shape)).float() / shape[-1] ** 0.5  # noqa: E731
+    generator = rng(seed, "weights")
+    normal = lambda *shape: torch.from_numpy(generator.standard_normal(shape)).float() / shape[-1] ** 0.5  # noqa: E731
     weights = {"in": normal(width, d), "out": torch.zeros(width)}
     for i in range(depth):
         weights[f"blocks.{i}.up"] = normal(2 * width, width)
         weights[f"blocks.{i}.bias"] = torch.zeros(2 * width)
         weights[f"blocks.{i}.down"] = normal(width, 2 * width) / layers**0.5
-    return weights
+    return {name: tensor.requires_grad_() for name, tensor in weights.items()}
 
 
 def forward(weights, x, path):
-    """Outputs (n,) at inputs (n, d), over the layers of a Subnetwork; the others are bypassed."""
+    """Outputs (n,) at inputs (n, d), over the layers of a Subnetwork. It bypasses the others."""
     y = F.linear(x, weights["in"])  # (n, C)
     for i, scale in zip(path.layers, path.scale or [1] * len(path.layers)):
         hidden = F.linear(F.rms_norm(y, y.shape[1:]), weights[f"blocks.{i}.up"], weights[f"blocks.{i}.bias"])
@@ -124,7 +136,7 @@ def forward(weights, x, path):
 
 
 def adam(weights, state=None):
-    """Adam over all tensors; state: {name: its moments}."""
+    """Adam over all tensors. state: {name: its moments}."""
     optimizer = torch.optim.Adam(weights.values(), betas=(0.9, 0.98), fused=True)
     for name, moments in (state or {}).items():
         optimizer.state[weights[name]] = moments
@@ -132,14 +144,13 @@ def adam(weights, state=None):
 
 
 def deepen(weights, optimizer, sources):
-    """A deeper network and its optimizer: moments are copied with their layers."""
+    """A deeper network and its optimizer. Moments are copied with their layers."""
     state = {name: optimizer.state[tensor] for name, tensor in weights.items()}
-    parts = {
-        part: grow({name: state[name][part] for name in weights}, sources) for part in ("step", "exp_avg", "exp_avg_sq")
-    }
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    moments = {kind: grow({name: state[name][kind] for name in weights}, sources) for kind in kinds}
     grown = grow({name: tensor.detach() for name, tensor in weights.items()}, sources)
     grown = {name: tensor.requires_grad_() for name, tensor in grown.items()}
-    return grown, adam(grown, {name: {part: parts[part][name] for part in parts} for name in grown})
+    return grown, adam(grown, {name: {kind: moments[kind][name] for kind in kinds} for name in grown})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -147,22 +158,20 @@ def deepen(weights, optimizer, sources):
 
 
 def method_of(arm, L, T, seed):
-    """(method, steps), costing 3/4 of T steps of all L layers, but for `full`."""
-    K = 3 / 4 * L
-    if arm in ("full", "full_flops"):
-        return Full(L), T if arm == "full" else round(3 / 4 * T)
-    if arm == "raptr":
-        return RaPTr(
-            stage_plan([round(part * L) for part in (1 / 2, 2 / 3, 5 / 6, 1)], T, L), L, {0, L - 1}, seed=seed
-        ), T
-    if arm == "constant":
-        return RaPTr([Stage(1, T, K)], L, {0, L - 1}, seed=seed), T
-    if arm == "stacking":
-        return Stacking(stacking, stage_plan([L // 2, round(K), L], T, L), L), T
-    gamma = (
-        100 / T if arm == "pld" else 3 / T
-    )  # PLD's own has settled after a twentieth of the run; 3 / T shrinks all along
-    return pld(L, T, theta_bar_for(K, L, mean_settling(T, gamma)), gamma, seed=seed), T
+    """(method, steps) that cost 3/4 of T steps of all L layers; `full` costs all."""
+    K, pinned = 3 / 4 * L, {0, L - 1}
+    if arm == "full_flops":
+        return Full(L), round(3 / 4 * T)
+    lengths = [round(share * L) for share in (1 / 2, 2 / 3, 5 / 6, 1)]
+    makers = {
+        "full": lambda: Full(L),
+        "raptr": lambda: RaPTr(stage_plan(lengths, T, L), L, pinned, seed=seed),
+        "constant": lambda: RaPTr([Stage(1, T, K)], L, pinned, seed=seed),
+        "pld": lambda: pld(L, T, K, seed),  # has settled after a twentieth of the run
+        "pld_slow": lambda: pld(L, T, K, seed, gamma=3 / T),  # shrinks until the end
+        "stacking": lambda: Stacking(stacking, stage_plan([L // 2, round(K), L], T, L), L),
+    }
+    return makers[arm](), T
 
 
 def rate_at(step, steps, peak):
@@ -171,12 +180,11 @@ def rate_at(step, steps, peak):
 
 
 def run(s, arm, width, seed, rate):
-    """Train one network: {"arm", ..., "points": [[layer FLOPs, whole training of `full` being 1, u_1, ..., u_D], ...]}."""
+    """Train one network: {"arm", ..., "points": [[layer FLOPs, as a share of `full`'s, u_1, ..., u_D], ...]}."""
     torch.set_num_threads(1)
     (sets, coefficients), (method, steps) = target(s, seed), method_of(arm, s.layers, s.steps, seed)
     depth = method.depth(1)
     weights = initial(depth, s.layers, s.inputs, width, seed)
-    weights = {name: tensor.requires_grad_() for name, tensor in weights.items()}
     optimizer, flops, points = adam(weights), 0.0, []
     held_out = signs(s.held_out, s.inputs, seed, "held out")
     held_out_chi = characters(held_out, sets)
@@ -184,22 +192,21 @@ def run(s, arm, width, seed, rate):
         if method.depth(step) != depth:
             weights, optimizer = deepen(weights, optimizer, method.sources(depth, method.depth(step)))
             depth = method.depth(step)
-        path = method.subnetwork(step) or whole(depth)
+        path = method.subnetwork(step) or all_layers(depth)
         x = signs(s.batch, s.inputs, seed, "batch", step)
         loss = (forward(weights, x, path) - characters(x, sets) @ coefficients).square().mean()
-        optimizer.zero_grad(set_to_none=True)  # a skipped layer has no gradient, and rests
+        optimizer.zero_grad(set_to_none=True)  # a skipped layer has no gradient, and Adam leaves it alone
         loss.backward()
         optimizer.param_groups[0]["lr"] = rate_at(step, steps, rate)
         optimizer.step()
-        flops += path.cost(s.batch) / (s.layers * s.steps)
+        flops += path.cost() / (s.layers * s.steps)
         if step in {round(steps * i / s.evaluations) for i in range(1, s.evaluations + 1)}:
             with torch.no_grad():
-                left = unlearned(forward(weights, held_out, whole(depth)), held_out_chi, coefficients, sets)
+                left = unlearned(forward(weights, held_out, all_layers(depth)), held_out_chi, coefficients, sets)
             points.append([round(value, 5) for value in (flops, *left.values())])
     if not all(map(math.isfinite, points[-1])):
-        raise UserError(
-            f"{arm} of width {width} diverged on seed {seed}: rate {rate:g} is too high (RATES in polynomials.py)"
-        )
+        where = f"{arm} of width {width} diverged on seed {seed}"
+        raise UserError(f"{where}: rate {rate:g} is too high (RATES in studies/polynomials.py)")
     return {**key(s, arm, width, seed, rate), "points": points}
 
 
@@ -208,31 +215,24 @@ def key(s, arm, width, seed, rate):
     return {"arm": arm, "width": width, "seed": seed, "rate": rate, **s._asdict()}
 
 
-def read(file):
-    """Runs of a file that may not be there, or whose last line was cut off in writing: that line is removed."""
-    text = file.read_text() if file.exists() else ""
-    if text and not text.endswith("\n"):
-        file.write_text(text[: text.rfind("\n") + 1])
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def run_all(s, jobs, file, count):
-    """Runs of [(arm, width, seed, rate), ...], those that `file` has not got yet made, `count` at a time, and appended to it."""
-    done = read(file)
-    known = lambda job: next((run for run in done if key(s, *job).items() <= run.items()), None)  # noqa: E731
-    todo = [job for job in jobs if known(job) is None]
+    """The runs of [(arm, width, seed, rate), ...]. Makes those that `file` does not have, `count` at a time, and
+    appends them to it."""
+    done = read_jsonl(file) if file.exists() else []
+    write(file, "".join(json.dumps(run) + "\n" for run in done))  # without a line that was cut off in writing
+    done_as = lambda job: next((run for run in done if key(s, *job).items() <= run.items()), None)  # noqa: E731
+    missing, commit = [job for job in jobs if not done_as(job)], stats.commit()
     with ProcessPoolExecutor(count) as pool:
-        futures = [pool.submit(run, s, *job) for job in todo]
-        for i, future in enumerate(as_completed(futures), 1):
-            done.append(future.result())
+        futures = [pool.submit(run, s, *job) for job in missing]
+        for number, future in enumerate(as_completed(futures), 1):
+            new = future.result() | {"commit": commit}
+            done.append(new)
             with file.open("a") as lines:
-                lines.write(json.dumps(done[-1]) + "\n")
-            last = done[-1]
-            left = " ".join(f"{value:.2f}" for value in last["points"][-1][1:])
-            print(
-                f"  {i}/{len(todo)}  {last['arm']:10} width {last['width']:3} seed {last['seed']:3}  {left}", flush=True
-            )
-    return [known(job) for job in jobs]
+                lines.write(json.dumps(new) + "\n")
+            left = " ".join(f"{value:.2f}" for value in new["points"][-1][1:])
+            name = f"{new['arm']:10} width {new['width']:3} seed {new['seed']:3}"
+            print(f"  {number}/{len(missing)}  {name}  {left}", flush=True)
+    return [done_as(job) for job in jobs]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def curve(run, group):
 
 
 def half(run, group):
-    """Layer FLOPs at which half of a group is learned, on straight lines between points; infinite if it never is."""
+    """Layer FLOPs at which half of a group is learned, on straight lines between points. Infinite if it never is."""
     points = curve(run, group)
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y1 <= 0.5:
@@ -265,117 +265,104 @@ def low_first(run):
     return half(run, "low") < half(run, "middle") < half(run, "high")
 
 
-def last(run, group):
+def last(run, group="high"):
+    """What is left of a group at the end."""
     return curve(run, group)[-1][1]
 
 
 def late_fall(run):
-    """By how much the high degrees' u_k falls in the last quarter of a run, with the learning rate in decay."""
+    """By how much the high degrees' u_k falls in the last quarter of a run, while the learning rate decays."""
     points = curve(run, "high")
     return points[-1 - len(points) // 4][1] - points[-1][1]
 
 
-def difference(runs, width, arm, other, value):
-    """(mean, half of the 95% interval) of value(arm) - value(other), paired by seed."""
-    pick = lambda name: {r["seed"]: value(r) for r in runs if (r["arm"], r["width"]) == (name, width)}  # noqa: E731
-    ours, theirs = pick(arm), pick(other)
-    return interval([ours[seed] - theirs[seed] for seed in sorted(ours)])
+def of(runs, width, arm):
+    return [run for run in runs if (run["arm"], run["width"]) == (arm, width)]
 
 
-def compared(mean, wide):
-    word = "more" if mean > wide else "less" if mean < -wide else "no clear difference"
-    return f"{word} ({mean:+.3f} ± {wide:.3f})"
+def difference(runs, width, arm, other):
+    """Interval of what an arm leaves of the high degrees, minus what another leaves, paired by seed."""
+    both = of(runs, width, arm) + of(runs, width, other)
+    return stats.interval(stats.paired(both, arm, other, lambda a, b: last(a) - last(b)))
+
+
+def falling(runs, width, arm):
+    """Whether an arm's u_k of high k falls in the last quarter of training, beyond the 95% interval."""
+    mean, half_width = stats.interval([late_fall(run) for run in of(runs, width, arm)])
+    return mean > half_width
+
+
+def stalled(runs, width, arm):
+    """Whether an arm leaves more of the high degrees than RaPTr, beyond the 95% interval, and they no longer fall."""
+    mean, half_width = difference(runs, width, arm, "raptr")
+    return mean > half_width and not falling(runs, width, arm)
 
 
 def table(runs, width):
     """Lines of a table of one width."""
     spans = {name: f"{a}-{b}" for name, (a, b) in groups(runs[0]["degrees"]).items()}
-    head = [f"degrees {span}" for span in spans.values()]
-    head += [f"{spans['high']}, minus RaPTr", f"{spans['high']}, fall in the last quarter", "low degrees first"]
-    lines = [f"| width {width} | rate | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
-    for arm, name in ARMS.items():
-        mine = [r for r in runs if (r["arm"], r["width"]) == (arm, width)]
-        values = [[last(r, group) for r in mine] for group in spans]
-        cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in values]
-        gap = difference(runs, width, arm, "raptr", lambda r: last(r, "high"))
-        cells += ["" if arm == "raptr" else f"{gap[0]:+.3f} ± {gap[1]:.3f}"]
-        cells += ["{:.3f} ± {:.3f}".format(*interval(list(map(late_fall, mine))))]
-        cells += [f"{sum(map(low_first, mine))} of {len(mine)}"]
-        lines.append(f"| {name} | {mine[0]['rate']:g} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    high = spans["high"]
+    head = [f"width {width}", "rate", *[f"degrees {span}" for span in spans.values()], f"{high}, minus RaPTr"]
+    head += [f"{high}, fall in the last quarter", "low degrees first"]
+    rows = []
+    for arm, (label, _) in ARMS.items():
+        mine = of(runs, width, arm)
+        cells = [label, f"{mine[0]['rate']:g}", *[stats.spread([last(r, group) for r in mine]) for group in spans]]
+        cells += ["" if arm == "raptr" else stats.signed(difference(runs, width, arm, "raptr"))]
+        cells += ["{:.3f} ± {:.3f}".format(*stats.interval(list(map(late_fall, mine))))]
+        rows.append([*cells, f"{sum(map(low_first, mine))} of {len(mine)}"])
+    return [*stats.table(head, rows), ""]
 
 
 def verdict(runs, widths):
     """Sentences, each computed from the runs."""
-    order = sum(map(low_first, runs))
-    lines = [
-        "Verdict.",
-        "",
-        f"- (i) Low degrees first: in {order} of {len(runs)} runs half of the low degrees is learned before",
-    ]
-    lines[-1] += " half of the middle ones, and those before the high ones."
+    at = lambda holds, arm: ", ".join(str(width) for width in widths if holds(runs, width, arm)) or "none"  # noqa: E731
+    order = f"in {sum(map(low_first, runs))} of {len(runs)} runs half of the low degrees is learned before"
+    lines = [f"- (i) Low degrees first: {order} half of the middle ones, and those before the high ones."]
     for arm in ("pld", "pld_slow"):
-        stalls = ", ".join(str(width) for width in widths if stalled(runs, width, arm))
-        lines.append(
-            f"- (ii) {ARMS[arm]} stalls on the high degrees at widths: {stalls or 'none'}. {against(runs, widths, arm)}"
-        )
-    falls = ", ".join(str(width) for width in widths if falling(runs, width, "raptr"))
-    lines.append(f"- (iii) RaPTr still learns high degrees when it ends at widths: {falls or 'none'}.")
-    lines[-1] += " " + against(runs, widths, "raptr", ("full_flops", "constant", "stacking"))
-    return [*lines, ""]
+        stalls = f"{ARMS[arm][0]} stalls on the high degrees at widths: {at(stalled, arm)}."
+        lines.append(f"- (ii) {stalls} {against(runs, widths, arm, ('raptr', 'full_flops'))}")
+    falls = f"RaPTr still learns high degrees when it ends at widths: {at(falling, 'raptr')}."
+    lines.append(f"- (iii) {falls} {against(runs, widths, 'raptr', ('full_flops', 'constant', 'stacking'))}")
+    return ["Verdict.", "", *lines, ""]
 
 
-def against(runs, widths, arm, others=("raptr", "full_flops")):
-    """What an arm leaves unlearned of the high degrees, minus what others do, at each width."""
-    said = []
+def against(runs, widths, arm, others):
+    """What an arm leaves unlearned of the high degrees, minus what others do, at each width, in words."""
+    sentences = []
     for other in others:
-        gaps = [difference(runs, width, arm, other, lambda r: last(r, "high")) for width in widths]
-        said.append(
-            f"{ARMS[other]}: {', '.join(f'width {width} {compared(*gap)}' for width, gap in zip(widths, gaps))}"
-        )
-    return f"At the end it leaves, against {'; against '.join(said)}."
-
-
-def falling(runs, width, arm):
-    """Whether an arm's u_k of high k falls in the last quarter of training, beyond the 95% interval."""
-    mean, wide = interval([late_fall(r) for r in runs if (r["arm"], r["width"]) == (arm, width)])
-    return mean > wide
-
-
-def stalled(runs, width, arm):
-    """Whether an arm leaves more of the high degrees than RaPTr, beyond the 95% interval, and they no longer fall."""
-    mean, wide = difference(runs, width, arm, "raptr", lambda r: last(r, "high"))
-    return mean > wide and not falling(runs, width, arm)
+        words = []
+        for width in widths:
+            mean, half_width = difference(runs, width, arm, other)
+            word = "more" if mean > half_width else "less" if mean < -half_width else "no clear difference"
+            words.append(f"width {width} {word} ({stats.signed((mean, half_width))})")
+        sentences.append(f"{ARMS[other][0]}: {', '.join(words)}")
+    return f"At the end it leaves, against {'; against '.join(sentences)}."
 
 
 def draw(runs, widths, path):
     """u_k of low, middle and high degrees against layer FLOPs: a row for each group, a column for each width."""
-    from matplotlib.figure import Figure
-
     spans = groups(runs[0]["degrees"])
-    figure = Figure(figsize=(3.2 * len(widths) + 0.6, 8), layout="constrained")
-    grid = figure.subplots(3, len(widths), sharex=True, sharey=True, squeeze=False)
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, grid = subplots(3.2 * len(widths) + 0.6, 8, 3, len(widths), **shared)
     for axes, (group, width) in zip(grid.flat, [(group, width) for group in spans for width in widths]):
-        for (arm, name), color in zip(ARMS.items(), COLORS):
-            curves = [curve(r, group) for r in runs if (r["arm"], r["width"]) == (arm, width)]
-            x = [statistics.mean(x for x, _ in points) for points in zip(*curves)]
-            mean = [statistics.mean(y for _, y in points) for points in zip(*curves)]
-            std = [statistics.stdev(y for _, y in points) for points in zip(*curves)]
-            axes.plot(x, mean, color=color, ls=":" if arm == "full" else "-", lw=1.5, label=name)
-            axes.fill_between(
-                x, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], color=color, alpha=0.1, lw=0
-            )
+        for arm, (label, color) in ARMS.items():
+            points = list(zip(*[curve(run, group) for run in of(runs, width, arm)]))  # by evaluation, then by seed
+            x = [statistics.mean(flops for flops, _ in point) for point in points]
+            samples = [[left for _, left in point] for point in points]
+            stats.plot_band(axes, x, samples, ":" if arm == "full" else "-", 0.1, color=color, lw=1.5, label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1.1), xticks=[0, 0.25, 0.5, 0.75])
-        axes.spines[["top", "right"]].set_visible(False)
     for axes, width in zip(grid[0], widths):
         axes.set_title(f"width {width}", fontsize=10)
     for axes, (low, high) in zip(grid[:, 0], spans.values()):
         axes.set_ylabel(f"degrees {low}-{high}, share unlearned")
     figure.supxlabel("layer FLOPs (full training with equal steps: 1)", fontsize=10)
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9
-    )
+    labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def best_rates(runs):
@@ -384,66 +371,51 @@ def best_rates(runs):
     return {arm: min(RATES, key=lambda rate: left(arm, rate)) for arm in ARMS}
 
 
-def main():
-    from engine.options import Parser, count, number
-
-    parser = Parser(prog="polynomials.py", allow_abbrev=False, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    above = lambda least: number(int, f"a whole number, {least} or above", lambda x: x >= least)  # noqa: E731
-    parser.add_argument(
-        "--seeds",
-        type=number(int, "a whole number from 2 to 100", lambda x: 2 <= x <= 100),
-        default=5,
-        help="seeds 0, 1, ... of target, weights, draws and paths",
-    )
-    parser.add_argument("--tuning_seeds", type=count, default=3, help="seeds 100, 101, ... choose the learning rates")
-    parser.add_argument("--widths", default="24,40,64", help="with commas")
-    for name, least in {"inputs": 4, "degrees": 3, "monomials": 1, "steps": 40, "batch": 1, "held_out": 1}.items():
-        parser.add_argument(f"--{name}", type=above(least), default=Setting._field_defaults[name])
-    fours = number(int, "a multiple of 4, above 0", lambda x: x > 0 and x % 4 == 0)  # 3/4 of them is a whole number
-    parser.add_argument("--layers", type=fours, default=Setting._field_defaults["layers"])
-    parser.add_argument("--jobs", type=count, default=1, help="runs at a time, a thread each")
-    parser.add_argument("--out", default="results/polynomials", help="folder of runs, table and figure")
-    args = parser.parse_args()
-    try:
-        widths = [int(width) for width in args.widths.split(",")]
-        if min(widths) < 1 or len(set(widths)) < len(widths):
-            raise ValueError
-    except ValueError:
-        parser.error(f"--widths {args.widths}: give different whole numbers above 0, with commas")
-    if args.degrees >= args.inputs:
-        parser.error(f"--degrees {args.degrees}: must be below the number of variables, {args.inputs} (--inputs)")
-    if 2 * args.monomials > args.inputs:
-        parser.error(f"--monomials {args.monomials}: at most half the number of variables, {args.inputs} (--inputs)")
-    s = Setting(**{name: getattr(args, name) for name in Setting._fields if hasattr(args, name)})
-    try:
-        compare_arms(s, widths, args.seeds, args.tuning_seeds, args.jobs, Path(args.out))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def compare_arms(s, widths, seeds, tuning, count, out):
-    """Choose a rate for every arm, run all arms, write runs.jsonl, table.md and curves.png to a folder."""
+def compare_arms(s, widths, seeds, tuning_seeds, count, out, command):
+    """Choose a rate for every arm, run all arms, and write runs.jsonl, table.md and curves.png to a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    chosen_on = range(TUNING_SEED, TUNING_SEED + tuning)
+    chosen_on = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
     trials = [(arm, TUNING_WIDTH, seed, rate) for seed in chosen_on for arm in ARMS for rate in RATES]
     rates = best_rates(run_all(s, trials, out / "runs.jsonl", count))
-    jobs = [
-        (arm, width, seed, rates[arm] * TUNING_WIDTH / width)
-        for seed in range(seeds)
-        for width in widths
-        for arm in ARMS
-    ]
+    scaled = {(arm, width): rates[arm] * TUNING_WIDTH / width for arm in ARMS for width in widths}
+    jobs = [(arm, width, seed, scaled[arm, width]) for seed in range(seeds) for width in widths for arm in ARMS]
     runs = run_all(s, jobs, out / "runs.jsonl", count)
-    lines = [
-        f"u_k left at the end, mean over degrees: mean ± std over {seeds} seeds; differences and falls with 95% intervals",
-        "",
-    ]
+    commits = ", ".join(sorted({run["commit"] for run in runs if run.get("commit")}))
+    what = f"u_k left at the end, mean over degrees: mean ± std over {seeds} seeds"
+    lines = [*stats.made_by({"command": command, "commit": commits})]
+    lines += [f"{what}; differences and falls with 95% intervals", ""]
     lines += [line for width in widths for line in table(runs, width)] + verdict(runs, widths)
-    (out / "table.md").write_text("\n".join(lines))
+    write(out / "table.md", "\n".join(lines))
     draw(runs, widths, out / "curves.png")
     print("\n" + "\n".join(lines))
 
 
+def main():
+    parser = options.command("studies.polynomials", __doc__)
+    number, defaults = options.number, Setting._field_defaults
+    two_up = number(int, "a whole number from 2 to 100", lambda x: 2 <= x <= TUNING_SEED)
+    fours = number(int, "a multiple of 4, above 0", lambda x: x > 0 and x % 4 == 0)  # 3/4 of them is a whole number
+    parser.add_argument("--seeds", type=two_up, default=5, help="seeds 0, 1, ... of target, weights, samples and paths")
+    parser.add_argument("--tuning_seeds", type=options.count, default=3, help="seeds 100, ... that choose the rates")
+    parser.add_argument("--widths", default="24,40,64", help="with commas")
+    for name, least in {"inputs": 4, "degrees": 3, "monomials": 1, "steps": 40, "batch": 1, "held_out": 1}.items():
+        kind = number(int, f"a whole number, {least} or above", lambda x, least=least: x >= least)
+        parser.add_argument(f"--{name}", type=kind, default=defaults[name])
+    parser.add_argument("--layers", type=fours, default=defaults["layers"])
+    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time, a thread each")
+    parser.add_argument("--out", type=Path, default="results/polynomials", help="folder of runs, table and figure")
+    args = parser.parse_args()
+    names = args.widths.split(",")
+    if not all(name.isdecimal() and int(name) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"--widths {args.widths}: give different whole numbers above 0, with commas")
+    if args.degrees >= args.inputs:
+        raise UserError(f"--degrees {args.degrees}: must be below the number of variables, {args.inputs} (--inputs)")
+    if 2 * args.monomials > args.inputs:
+        raise UserError(f"--monomials {args.monomials}: at most half the number of variables, {args.inputs} (--inputs)")
+    s = Setting(**{name: getattr(args, name) for name in Setting._fields if hasattr(args, name)})
+    command = shlex.join(["python", "-m", "studies.polynomials", *sys.argv[1:]])
+    compare_arms(s, [int(name) for name in names], args.seeds, args.tuning_seeds, args.jobs, args.out, command)
+
+
 if __name__ == "__main__":
-    main()
+    guard("studies.polynomials", main)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
+from engine.errors import guard
 from processes import script
-from raptr import Subnetwork, whole
+from raptr import Subnetwork, all_layers
 from studies import polynomials
 from studies.polynomials import ARMS, Setting
 
@@ -80,7 +82,7 @@ def test_the_network_in_scalars():
         hidden = [max(0.0, dot(row, norm(y)) + b) for row, b in zip(up, bias)]
         y = [v + scale * dot(row, hidden) for v, row in zip(y, down)]
     out = polynomials.forward(weights, x, Subnetwork((0, 2), (2.0, 0.5)))
-    assert float(out) == pytest.approx(dot(norm(y), w["out"]), rel=1e-4)
+    assert out.item() == pytest.approx(dot(norm(y), w["out"]), rel=1e-4)
 
 
 def test_growth_keeps_what_was_learned():
@@ -88,16 +90,16 @@ def test_growth_keeps_what_was_learned():
     weights = {name: t.requires_grad_() for name, t in polynomials.initial(2, 3, 4, 5, seed=0).items()}
     optimizer, x = polynomials.adam(weights), polynomials.signs(9, 4, 0, "x")
     for _ in range(2):
-        (polynomials.forward(weights, x, whole(2)) - 1).square().mean().backward()
+        (polynomials.forward(weights, x, all_layers(2)) - 1).square().mean().backward()
         optimizer.step()
     grown, after = polynomials.deepen(weights, optimizer, [0, 1, 1])
-    assert torch.equal(polynomials.forward(grown, x, whole(2)), polynomials.forward(weights, x, whole(2)))
+    assert torch.equal(polynomials.forward(grown, x, all_layers(2)), polynomials.forward(weights, x, all_layers(2)))
     for part in ("up", "bias", "down"):
         old, new = weights[f"blocks.1.{part}"], grown[f"blocks.2.{part}"]
         assert torch.equal(old, new) and old.data_ptr() != new.data_ptr() != grown[f"blocks.1.{part}"].data_ptr()
         assert torch.equal(optimizer.state[old]["exp_avg"], after.state[new]["exp_avg"])
     before = {name: tensor.detach().clone() for name, tensor in grown.items()}
-    (polynomials.forward(grown, x, whole(3)) - 1).square().mean().backward()
+    (polynomials.forward(grown, x, all_layers(3)) - 1).square().mean().backward()
     after.step()
     assert not any(torch.equal(before[name], grown[name]) for name in grown)
 
@@ -107,13 +109,13 @@ def test_arms_cost_the_same(layers):
     """Counted path by path."""
     for arm in ARMS:
         method, steps = polynomials.method_of(arm, layers, 1200, 0)
-        paths = [method.subnetwork(step) or whole(method.depth(step)) for step in range(1, steps + 1)]
+        paths = [method.subnetwork(step) or all_layers(method.depth(step)) for step in range(1, steps + 1)]
         cost = sum(len(path.layers) for path in paths) / (1200 * layers)
         assert cost == pytest.approx(1 if arm == "full" else 0.75, abs=0.01), arm
 
 
 def made_up(ends):
-    """Runs of one width whose low, middle and high degrees end where `ends` says, per arm: (3/4 of the run, its end)."""
+    """Runs of one width. ends: {arm: what is left of the high degrees (after 3/4 of the run, at its end)}."""
     runs, noise = [], random.Random(0)
     for arm in ARMS:
         for seed in range(5):
@@ -152,7 +154,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     """All arms learn something; a run that was cut off is continued, to the same table."""
     flags = "--seeds 2 --tuning_seeds 1 --widths 8 --steps 40 --batch 64 --held_out 64"
     flags += " --inputs 6 --degrees 3 --monomials 1 --layers 4"
-    command = ["polynomials.py", *flags.split(), "--out", str(tmp_path)]
+    command = ["studies.polynomials", *flags.split(), "--out", str(tmp_path)]
     first = script(*command)
     assert first.returncode == 0, first.stderr
     table, file = (tmp_path / "table.md").read_text(), tmp_path / "runs.jsonl"
@@ -185,9 +187,18 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_flags(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["polynomials.py", *flags.split(), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["studies.polynomials", *flags.split(), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
-        polynomials.main()
+        guard("studies.polynomials", polynomials.main)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and flags.split()[0] in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_committed_table_comes_from_the_committed_runs(tmp_path, monkeypatch):
+    (tmp_path / "runs.jsonl").write_text((ROOT / "results/polynomials/runs.jsonl").read_text())
+    monkeypatch.setattr(polynomials, "draw", lambda *_: None)
+    command = "python -m studies.polynomials"
+    polynomials.compare_arms(Setting(), [24, 40, 64], 5, 3, 1, tmp_path, command)
+    assert (tmp_path / "table.md").read_text() == (ROOT / "results/polynomials/table.md").read_text()
+    assert (tmp_path / "runs.jsonl").read_text() == (ROOT / "results/polynomials/runs.jsonl").read_text()
