@@ -173,7 +173,7 @@ def bench_ul2(args, report):
 def bench_methods(args, report):
     """Every step of a short run of every method, each beside a full step. A method that costs 3/4 of full training on
     request (--mean_depth) is asked for that."""
-    T = 3 * args.rounds
+    T = 3 * max(2, args.rounds)  # at least one step a stage
     step, flops = make_step(flags_of(args), "cpu", args.dtype)
     beside_full(step, [None, None])  # warm-up
     print(f"  Every method: a run of {T} steps, each beside a full step; ratios of the sums\n")
@@ -425,8 +425,9 @@ def main():
         return worker(args)
     machine.settings()
     chosen = [args.only] if args.only else ["presets"] if args.device == "cuda" else [*ON_CPU]
-    dtype = str(args.dtype).removeprefix("torch.")
-    report = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}"}
+    threads, dtype = torch.get_num_threads(), str(args.dtype).removeprefix("torch.")
+    cores = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    report = {"machine": f"{cores}, torch {torch.__version__}, {dtype}"}
     report |= {"command": " ".join(["python -m tools.bench", *sys.argv[1:]])}
     print(f"\n  {report['machine']}; medians of {args.rounds} rounds")
     if chosen != ["presets"]:
