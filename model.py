@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError
 from raptr import all_layers
 
 
@@ -390,16 +389,6 @@ class UL2(Stack):
 
 def make(config, seed=0):
     return {"bert": BERT, "ul2": UL2}[config.arch](config, seed)
-
-
-def check_weights(model, tensors, where):
-    """Raise UserError unless the names and shapes of `tensors` are those of the model's weights."""
-    weights = dict(model.named_parameters())
-    wrong = sorted(set(weights) ^ set(tensors)) or [n for n, p in weights.items() if p.shape != tensors[n].shape]
-    if wrong:
-        raise UserError(
-            f"{where}: its weights are not those of this model: {wrong[0]} differs, and {len(wrong) - 1} more"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------

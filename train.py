@@ -17,6 +17,7 @@ if __name__ == "__main__":
     ARGS = options.parse(sys.argv[1:])  # before torch is loaded, so that --help and a wrong flag answer at once
 
 import contextlib
+import functools
 import math
 import platform
 import time
@@ -221,6 +222,14 @@ def describe(args, config, objective, held_out, method, corpus):
     }
 
 
+def where(error, step, layers, args, objective, ranks):
+    """The sentence that a NotFinite ends the run with: step, layers, and the training sequences of the ranks that had
+    it."""
+    order = np.split(objective.corpus.order(args.seed, step, args.batch, args.seq), ranks.size)
+    sequences = ", ".join(str(i) for rank in error.ranks for i in order[rank])
+    return f"step {step}, layers {layers}: {error} on training sequences {sequences}; nothing was updated or saved"
+
+
 def main(args, ranks):
     # --- text, method, model ------------------------------------------------------------------------------------
     machine.settings(args.threads, args.deterministic)
@@ -273,11 +282,11 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         total=args.steps, initial=run.step, unit=" steps", disable=None if ranks.first else True, dynamic_ncols=True
     )
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
-    ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals.received)
+    ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
     for step in range(run.step + 1, args.steps + 1):
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)
-        if ranks.agree(step) or (ranks.size == 1 and signals.received):
+        if ranks.agree(step) or (ranks.size == 1 and signals):
             if run.saved < step - 1:
                 run.save(step - 1, model, optimizer, last=True, stopping=True)
             bar.close()
@@ -302,19 +311,13 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         layers = list(subnetwork.layers) if subnetwork else list(range(len(model.blocks)))
         dropout_seed = int(rng(args.seed, "dropout", step).integers(1 << 62))
         following = method.subnetwork(step + 1) if step < args.steps else None
-
-        def exchange(loss, step=step, following=following):
-            return ranks.exchange(loss, step + 1, following, signals.received)
-
+        exchange = functools.partial(ranks.exchange, step=step + 1, subnetwork=following, stop=signals)
         try:
             loss, norm, sent = train_step(
                 model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed, exchange
             )
         except NotFinite as error:
-            order = np.split(objective.corpus.order(args.seed, step, args.batch, args.seq), ranks.size)
-            sequences = ", ".join(str(i) for rank in error.ranks for i in order[rank])
-            place = f"step {step}, layers {layers}: {error} on training sequences {sequences}"
-            raise NotFinite(f"{place}; nothing was updated or saved") from None
+            raise NotFinite(where(error, step, layers, args, objective, ranks)) from None
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - began

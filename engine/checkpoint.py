@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import model as transformer
 from engine import parallel
 from engine.errors import NoCheckpoint, NotFinite, UserError
 
@@ -46,10 +45,19 @@ def state(model, optimizer, keep=True):
     return groups
 
 
+def check_weights(model, tensors, where):
+    """Raise UserError unless the names and shapes of `tensors` are those of the model's weights."""
+    weights = dict(model.named_parameters())
+    wrong = sorted(set(weights) ^ set(tensors)) or [n for n, p in weights.items() if p.shape != tensors[n].shape]
+    if wrong:
+        more = f"{wrong[0]} differs, and {len(wrong) - 1} more"
+        raise UserError(f"{where}: its weights are not those of this model: {more}")
+
+
 @torch.no_grad()
 def load_weights(model, tensors, where):
     """Copy named tensors into a model. Raises UserError unless names and shapes are the model's."""
-    transformer.check_weights(model, tensors, where)
+    check_weights(model, tensors, where)
     for name, p in model.named_parameters():
         parallel.copy_into(p, tensors[name])
 

@@ -62,5 +62,8 @@ class StopSignals:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 
+    def __bool__(self):
+        return self.received is not None
+
     def name(self):
         return signal.Signals(self.received).name if self.received else "a signal to another process"

@@ -181,7 +181,7 @@ def initial_weights(args, config, depth, tokenizer_sha256):
     with torch.device("meta"):
         model = transformer.make(config)
     model.blocks = model.blocks[:depth]
-    transformer.check_weights(model, tensors["model"], f"--init {args.init}")
+    checkpoint.check_weights(model, tensors["model"], f"--init {args.init}")
     return tensors if args.init_moments else {"model": tensors["model"]}
 
 
@@ -211,7 +211,7 @@ def load_run(run, device="cpu"):
     model = transformer.make(config).to(device).eval()
     depth = 1 + max(int(name.split(".")[1]) for name in tensors["model"] if name.startswith("blocks."))
     model.blocks = model.blocks[:depth]
-    transformer.check_weights(model, tensors["model"], folders[-1])
+    checkpoint.check_weights(model, tensors["model"], folders[-1])
     model.load_state_dict(tensors["model"], strict=False)  # buffers are made, not saved
     model.pooler = tensors.get("pooler")
     return model, tokenizer, args
