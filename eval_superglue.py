@@ -142,8 +142,8 @@ def prompt(task, f):
             both = f"Sentence 1: {f['sentence1']}\nSentence 2: {f['sentence2']}"
             return f"{both}\nQuestion: {asked}\nAnswer:", {" no": "false", " yes": "true"}
         case "WSC":
-            # Blanks go as the harness has it, before punctuation and after an opening quote. It marks "use" in
-            # validation example 42, and keeps a blank at the end of a text.
+            # Blanks go as in the harness: before punctuation, and around quotes. It spoils validation example 42 ("want
+            # to *it*e it"), and keeps a blank at the end of a text.
             text = re.sub(r" (?=n't|[)'.,\"])|(?<=[(\"]) ", "", starred(f))
             asked = f'In the passage above, does the pronoun "*{f["span2_text"]}*" refer to "*{noun(f)}*"?'
             return f"Passage: {text}\nQuestion: {asked}\nAnswer:", {" no": "False", " yes": "True"}
