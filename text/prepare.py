@@ -227,8 +227,7 @@ def encode_part(folder, number, sources, share):
     writers = {split: ShardWriter(folder, f"{split}_{number:05d}", vocab) for split in ("train", "val")}
     replaced = write_documents(pieces_of(sources), share, tokenizer, writers)
     facts = {split: writer.close() for split, writer in writers.items()}
-    writers["train"].counts.tofile(done.with_suffix(".counts"))
-    log.write(done, json.dumps({"replaced": replaced, **facts}))
+    log.write(done, json.dumps({"replaced": replaced, "counts": writers["train"].counts.tolist(), **facts}))
 
 
 def size_of(source):
@@ -261,15 +260,14 @@ def encode_parts(folder, parts, shares):
 def write_meta(folder, count, source):
     """Write meta.json of a corpus of `count` encoded parts, and remove what they left beside their shards.
     Raises UserError if a split has no document."""
-    model = (folder / "tokenizer.model").read_bytes()
     vocab = load_tokenizer(folder / "tokenizer.model").vocab_size()
-    meta = {"version": VERSION, "source": source, "vocab": vocab, "replaced_characters": 0}
-    meta["tokenizer_sha256"] = hashlib.sha256(model).hexdigest()
+    digest = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    meta = {"version": VERSION, "source": source, "vocab": vocab, "replaced_characters": 0, "tokenizer_sha256": digest}
     meta |= {split: {"shards": [], "sha256": [], "tokens": 0, "documents": 0} for split in ("train", "val")}
     counts = np.zeros(vocab, np.int64)
     for number in range(count):
         facts = json.loads((folder / f"{number:05d}.json").read_text())
-        counts += np.fromfile(folder / f"{number:05d}.counts", np.int64)
+        counts += np.array(facts["counts"])
         meta["replaced_characters"] += facts["replaced"]
         for split in ("train", "val"):
             for name, value in facts[split].items():
@@ -281,7 +279,6 @@ def write_meta(folder, count, source):
     log.write(folder / "meta.json", json.dumps({**meta, "train_counts": counts.tolist()}))
     for number in range(count):
         (folder / f"{number:05d}.json").unlink()
-        (folder / f"{number:05d}.counts").unlink()
 
 
 def lock(folder):
