@@ -233,8 +233,8 @@ def corrupt(text, mask, n, mode, first_extra):
     place = np.arange(size)
     text, inside = text[:, :size], place < n[:, None]
     kept = ~mask & inside
-    whole = ~kept.any(1)  # nothing to read: no sentinel, the text itself is the target
-    begins = mask & ~np.concatenate([np.zeros((B, 1), bool), mask[:, :-1]], 1) & ~whole[:, None]
+    everything = ~kept.any(1)  # nothing to read: no sentinel, the text itself is the target
+    begins = mask & ~np.concatenate([np.zeros((B, 1), bool), mask[:, :-1]], 1) & ~everything[:, None]
     sentinel = first_extra + len(MODES) + begins.cumsum(1) - 1
     prefix = 1 + kept.sum(1) + begins.sum(1)
     length = prefix + mask.sum(1) + begins.sum(1) + 1
@@ -259,16 +259,13 @@ def denoise(text, names, vocab, seq, generator):
     """Rows of `seq` tokens from text (B, seq), one denoiser by name for each; vocab: the tokenizer's."""
     tokens, prefix, targets = np.empty((len(text), seq), int), np.empty(len(text), int), np.empty((len(text), seq), int)
     for name in sorted(set(names)):
-        own = np.flatnonzero(np.asarray(names) == name)
-        denoiser = DENOISERS[name]
-        mask, n = span_mask(denoiser, len(own), seq, generator)
-        offset = (generator.random(len(own)) * (text.shape[1] - n + 1)).astype(
-            int
-        )  # any part of the window may be left out
-        shifted = np.take_along_axis(
-            text[own], np.minimum(offset[:, None] + np.arange(mask.shape[1]), text.shape[1] - 1), 1
-        )
-        tokens[own], prefix[own], targets[own] = corrupt(shifted, mask, n, denoiser.mode, vocab)
+        rows = np.flatnonzero(np.asarray(names) == name)
+        mask, n = span_mask(DENOISERS[name], len(rows), seq, generator)
+        # The row holds n tokens of its window, from a random place on: any part of a window may be left out.
+        offset = (generator.random(len(rows)) * (text.shape[1] - n + 1)).astype(int)
+        places = np.minimum(offset[:, None] + np.arange(mask.shape[1]), text.shape[1] - 1)
+        shifted = np.take_along_axis(text[rows], places, 1)
+        tokens[rows], prefix[rows], targets[rows] = corrupt(shifted, mask, n, DENOISERS[name].mode, vocab)
     return tokens, prefix, targets
 
 
