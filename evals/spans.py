@@ -79,27 +79,27 @@ class Spans(torch.nn.Module):
         torch.nn.init.normal_(self.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         torch.nn.init.zeros_(self.head.bias)
 
-    def forward(self, part):
+    def forward(self, group):
         """Scores (windows, T, 2) of beginning and end, -inf but for the context and [CLS]."""
         device = self.head.weight.device
-        tokens = padded([w.tokens for w in part], self.pad, device)
+        tokens = padded([w.tokens for w in group], self.pad, device)
         column = lambda values: torch.tensor(values, device=device)[:, None]  # noqa: E731
-        place, first = torch.arange(tokens.shape[1], device=device), column([w.first for w in part])
-        inside = place < column([len(w.tokens) for w in part])
+        place, first = torch.arange(tokens.shape[1], device=device), column([w.first for w in group])
+        inside = place < column([len(w.tokens) for w in group])
         mask = None if inside.all() else inside[:, None, None]
         states = self.encoder.encode(tokens, mask=mask, types=((place >= first) & inside).long())
-        context = (place >= first) & (place < first + column([len(w.places) for w in part]))
+        context = (place >= first) & (place < first + column([len(w.places) for w in group]))
         return self.head(states).float().masked_fill(~(context | (place == 0))[:, :, None], -torch.inf)
 
-    def loss(self, part):
+    def loss(self, group):
         """Mean cross-entropy, in nats, of the two ends."""
-        labels = torch.tensor([w.label for w in part], device=self.head.weight.device)
-        return F.cross_entropy(self(part), labels)  # classes are places: dimension 1
+        labels = torch.tensor([w.label for w in group], device=self.head.weight.device)
+        return F.cross_entropy(self(group), labels)  # classes are places: dimension 1
 
     @torch.no_grad()
-    def best(self, part, longest):
+    def best(self, group, longest):
         """For each window (score of its best span of up to `longest` tokens, first, last, score of no answer)."""
-        begin, end = self(part).unbind(-1)
+        begin, end = self(group).unbind(-1)
         nothing = begin[:, 0] + end[:, 0]
         pairs = begin[:, 1:, None] + end[:, None, 1:]  # (windows, T - 1, T - 1)
         allowed = torch.ones_like(pairs[0], dtype=torch.bool).triu().tril(longest - 1)
