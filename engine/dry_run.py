@@ -20,21 +20,23 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import data
 import methods
 import model as transformer
+from engine import parallel
 from raptr import mean_layers
 from text import prepare
 
 GB = 1e9
 
 
-def step_memory(config, sequences, targets, bf16, gpu):
+def step_memory(config, sequences, targets, bf16, gpu, recompute=False):
     """Bytes at the peak of one step of one process, on `sequences` sequences with `targets` positions in each for the
-    head."""
+    head: weights, moments, activations, and the gradients that exist by then."""
     was = transformer.explicit
     transformer.explicit = lambda q: bf16 and not gpu
     try:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = transformer.make(config)
+            model.recompute = recompute
             if gpu:  # fused attention with dropout keeps nothing more there; the CPU's would write attention out
                 for block in model.blocks:
                     block.attention.dropout = 0.0
@@ -69,18 +71,20 @@ def costs(args):
     mean, P, W = mean_layers(method, args.steps), transformer.parameters(config), args.gpus
     gpu = args.device in ("auto", "cuda")
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
-    state = 12 * P  # weights and two moments, 4 bytes each
-    activations = step_memory(config, args.micro_batch, targets, bf16, gpu) - state
+    activations = step_memory(config, args.micro_batch, targets, bf16, gpu, args.recompute) - 12 * P
     logits = 4 * config.padded_vocab * min(args.loss_chunk or math.inf, math.ceil(args.micro_batch * targets))
-    count = args.batch // args.micro_batch // W  # micro-batches of a process
-    waiting = math.ceil(math.log2(count)) if count > 1 else 0  # gradients set aside while the next are computed
+    accumulates = args.batch // args.micro_batch // W > 1
     share = W if args.fsdp else 1
     block = sum(p.numel() for p in meta_block(config).parameters())
-    gathered = 4 * 2 * (P - config.layers * block + block) if args.fsdp else 0  # embedding, head, a block; gradients
-    sums = 0 if args.fsdp or W == 1 else 4 * P  # the buffer of the all-reduce
+    # FSDP2 holds the embedding, the head and two blocks gathered, and the gradients of one of them in float32.
+    gathered = (2 if bf16 else 4) * (P - config.layers * block + 2 * block) + 4 * block if args.fsdp else 0
+    in_flight = 0 if args.fsdp or W == 1 else 2 * parallel.BUCKET  # gradients on their way to other ranks
     fixed = {"weights": 4 * P / share, "gradients": 4 * P / share, "moments": 8 * P / share}
-    in_backward = fixed["weights"] + fixed["moments"] + waiting * fixed["gradients"] + activations
-    total = max(in_backward, sum(fixed.values()) + sums)
+    # Gradients add up in place. One process keeps the first half of the batch apart: one set more.
+    sets = accumulates * (2 if W == 1 else 1)
+    in_backward = fixed["weights"] + fixed["moments"] + activations + sets * fixed["gradients"] + in_flight
+    total = max(in_backward, sum(fixed.values()))
+    recomputed = args.recompute * (price(mean) - price(0)) / 3  # the forward pass of the layers, once more
     flops, tokens = args.steps * price(mean), args.steps * args.batch * args.seq
     return {
         "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered,
@@ -88,7 +92,7 @@ def costs(args):
         "relative_flops_layers": args.layers / mean, "relative_flops_step": price() / price(mean),
         "tokens": tokens, "corpus": tokens * np.dtype(prepare.token_dtype(args.vocab)).itemsize, "checkpoint": 12 * P,
         "checkpoints": args.keep + 1 + ((args.steps - 1) // args.keep_every if args.keep_every else 0),
-        "hours": flops / (W * args.peak * 1e12 * args.mfu) / 3600,
+        "hours": (flops + args.steps * recomputed) / (W * args.peak * 1e12 * args.mfu) / 3600,
     }  # fmt: skip
 
 

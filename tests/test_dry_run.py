@@ -1,45 +1,60 @@
-import os
-import subprocess
-import sys
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import ROOT, dry_run, options
+import data
+import model as transformer
+import train
+from engine import dry_run, machine, options, parallel
 from test_train import command
-
-MEASURE = """
-import sys, train
-from engine import machine, options
-def peak():
-    return [int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
-machine.steady_memory = lambda: None  # so that freed memory goes back, and the peak is that of what is alive
-before = peak()
-assert train.start(options.parse(sys.argv[1:])) == 0
-print(peak() - before)
-"""
+from text.corpus import rng
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is measured as Linux gives it")
-def test_memory_is_what_a_run_takes(tiny, tmp_path):
-    flags = "--layers 6 --width 256 --heads 4 --seq 256 --batch 32 --steps 2 --method full --dtype float32"
-    flags = [
-        *flags.split(),
-        "--device",
-        "cpu",
-        "--eval_sequences",
-        "8",
-        "--data",
-        tiny[tiny.index("--data") + 1],
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
-    shown = subprocess.run([sys.executable, "-c", MEASURE, *flags], capture_output=True, text=True, env=env)
-    measured = int(shown.stdout.split()[-1])
-    estimated = dry_run.costs(options.parse([*flags, "--vocab", "512", "--dry_run"]))["memory"]
-    print(f"estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert estimated == pytest.approx(measured, rel=0.15)
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of all tensors that exist at a time, and keeps the largest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = set()
+
+    def forget(self, pointer, size):
+        self.seen.discard(pointer)
+        self.now -= size
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(torch.Tensor, self.add, result)
+        return result
+
+
+@pytest.mark.parametrize("more", [[], ["--micro_batch", "8"], ["--micro_batch", "8", "--recompute"]])
+def test_memory_is_what_a_step_takes(more):
+    """Beside the peak of what is alive in a real step: at once, and in four micro-batches that add up."""
+    flags = (
+        "--layers 6 --width 256 --heads 4 --seq 128 --batch 32 --method full --dtype float32 --vocab 512 --device cpu"
+    )
+    args = options.parse([*flags.split(), *more])
+    objective, ranks = data.objective(args), parallel.Ranks("cpu")
+    config = transformer.Config.of(args, objective.model_vocab)
+    model, optimizer = train.build(args, config, 6, ranks)
+    state = sum(p.nbytes for p in model.parameters()) * 3
+    batch = data.mask_tokens(rng(0, "test").integers(5, 512, (32, 128)), 512, rng(0, "mask"))
+    with Alive() as alive:
+        train.train_step(model, optimizer, batch, None, args, ranks, machine.autocast("cpu", torch.float32))
+    measured = state + alive.peak
+    estimated = dry_run.costs(options.parse([*flags.split(), *more, "--dry_run"]))["memory"]
+    assert estimated == pytest.approx(measured, rel=0.1)
 
 
 def test_costs_by_hand():
