@@ -72,6 +72,23 @@ def test_txt_jsonl_and_gz_hold_the_same_documents(tmp_path, text):
         tokenizer = ["--tokenizer", out / "tokenizer.model"]
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_lines_are_encoded_as_their_text_is(corpus, text, tmp_path, prefixed):
+    """Also by a tokenizer that begins every text with a blank, whose lines must not be parted."""
+    ours = Corpus(corpus).tokenizer
+    if prefixed:
+        model = str(tmp_path / "t")
+        prepare.sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_prefix=model, vocab_size=512, byte_fallback=True, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"],
+        )  # fmt: skip
+        ours = prepare.sentencepiece.SentencePieceProcessor(model_file=model + ".model")
+    encode = prepare.encoder(ours)
+    assert (encode == ours.encode) == prefixed
+    texts = ["", "\n", "one", "\n\n two\n", "\r\n \n\tthree \u2028 \x0b 東京\n 🦖", "\n".join(text[:50]), " \n" * 99]
+    assert [encode(text) for text in texts] == ours.encode(texts)
+
+
 def test_special_tokens_cannot_be_written_by_a_text(corpus):
     ids = Corpus(corpus).tokenizer.encode("[MASK] [CLS] [SEP] [PAD]")
     assert min(ids) >= SPECIAL
