@@ -57,7 +57,8 @@ def chance(text, salt=""):
 
 def sample_size(vocab):
     """Characters that a tokenizer of `vocab` ids is trained on, at most. In a short text BPE runs out of pairs to
-    merge: 10M characters of English do not give 200,000 ids."""
+    merge: 10M characters of English do not give 200,000 ids. Measured with 256,000 ids, on 1.0G characters of books in
+    ten letter ciphers: 3 minutes on one core, and 6.1 GiB of memory (65,536 ids: 1 minute, 1.8 GiB)."""
     return max(10_000_000, 4_000 * vocab)
 
 
