@@ -282,7 +282,10 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         total=args.steps, initial=run.step, unit=" steps", disable=None if ranks.first else True, dynamic_ncols=True
     )
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
-    ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
+    if run.step == args.steps:  # it was killed after its last checkpoint, and has only to say so
+        full = held_out_loss(None)
+    else:
+        ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
     for step in range(run.step + 1, args.steps + 1):
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)

@@ -1,10 +1,11 @@
 """What may go wrong in a run, and what was promised for it, with real processes and real signals.
 
-REF is an uninterrupted run; "exact" means that losses, layers and sample order agree in every digit, and the final weights
-byte for byte. Bad flags are tried in test_train.py, bad text and bad corpora in test_data.py.
+REF is an uninterrupted run; "exact" means that losses, layers and sample order agree in every digit, and the final
+weights byte for byte. Bad flags are tried in test_train.py, bad text and bad corpora in test_data.py.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -18,12 +19,15 @@ import time
 import pytest
 import torch
 
+import methods
+import model as transformer
 import train
-from engine import ROOT
-from engine import checkpoint, options
+from engine import ROOT, checkpoint, options, runs
+from engine.errors import NotFinite, UserError
 from processes import Run
 from raptr import Subnetwork
 from test_train import command, events, go, same, trajectory, weights
+from text.corpus import Corpus
 
 METHODS = {
     "raptr": ["--stages", "2-3-4"],
@@ -36,18 +40,8 @@ METHODS = {
 def flags(tiny, tmp_path):
     """A tiny run that can be split: four micro-batches, dropout on, a checkpoint every third step."""
     at = tiny.index("--save_every")
-    return [
-        *tiny[:at],
-        "--save_every",
-        "3",
-        *tiny[at + 2 :],
-        "--micro_batch",
-        "2",
-        "--dropout",
-        "0.1",
-        "--dtype",
-        "float32",
-    ]
+    more = "--micro_batch 2 --dropout 0.1 --dtype float32".split()
+    return [*tiny[:at], "--save_every", "3", *tiny[at + 2 :], *more]
 
 
 def at(flags, folder):
@@ -92,6 +86,21 @@ def test_killed_at_random_moments(flags, tmp_path):
     assert Run(at(flags, copy)).end()[0] == [0] and exact(copy, ref)
 
 
+@pytest.mark.parametrize("method, world", [("raptr", 1), ("raptr", 2), ("stacking", 1)])
+def test_killed_between_the_last_checkpoint_and_the_end(flags, method, world):
+    flags = [*flags, *METHODS[method]]
+    run = go(flags)
+    before, expected, final = events(run), trajectory(run), weights(run)
+    assert [e["event"] for e in before[-3:]] == ["eval", "save", "done"]
+    lines = (run / "log.jsonl").read_text().splitlines()
+    for gone in (1, 2):
+        (run / "log.jsonl").write_text("".join(line + "\n" for line in lines[:-gone]))
+        codes, errors = Run(flags, world).end()
+        assert codes == [0] * world, errors
+        assert trajectory(run) == expected and same(weights(run), final)
+        assert {**events(run)[-1], "seconds": 0} == {**before[-1], "seconds": 0}
+
+
 # ---- a crash inside a save
 
 
@@ -123,6 +132,11 @@ class Disk:
         return instead
 
 
+def save(run, step, tensors, keep=1, keep_every=0):
+    checkpoint.save(run, step, tensors, {"step": step})
+    checkpoint.prune(run, step, keep, keep_every)
+
+
 def test_a_crash_at_any_file_operation_of_a_save(tmp_path):
     """Afterwards the newest checkpoint that loads is the old one or the new one, whole."""
     generator = torch.Generator().manual_seed(0)
@@ -134,11 +148,11 @@ def test_a_crash_at_any_file_operation_of_a_save(tmp_path):
         limit += 1
         run = tmp_path / str(limit)
         run.mkdir()
-        checkpoint.save(run, 1, old, {"step": 1}, keep=1)
+        save(run, 1, old)
         with pytest.MonkeyPatch.context() as patch:
             disk = Disk(patch, limit)
             try:
-                checkpoint.save(run, 2, new, {"step": 2}, keep=1)
+                save(run, 2, new)
                 crashed = False
             except Crash:
                 pass
@@ -147,7 +161,7 @@ def test_a_crash_at_any_file_operation_of_a_save(tmp_path):
         assert all(same(tensors[name], expected[name]) for name in ("model", "optimizer"))
         assert not list(run.glob("*.corrupt*"))  # nothing half-made was ever taken for a checkpoint
         seen.add(meta["step"])
-        checkpoint.save(run, 3, new, {"step": 3}, keep=1)  # and the next save works, and cleans up
+        save(run, 3, new)  # and the next save works, and cleans up
         assert sorted(p.name for p in run.iterdir()) == ["step_00000003"]
     assert limit > 15 and seen == {1, 2} and disk.count < limit
 
@@ -193,7 +207,7 @@ def test_every_kind_of_damage_to_every_file_is_found(tmp_path):
         size = file.stat().st_size
         for cut in {0, 1, size // 2, size - 1}:
             (folder / file.name).write_bytes(file.read_bytes()[:cut])
-            with pytest.raises(ValueError):
+            with pytest.raises(UserError):
                 checkpoint.load(folder)
         for place in range(0, size, 7):  # a flipped bit: found, or (in the manifest's spaces) without meaning
             data = bytearray(file.read_bytes())
@@ -201,10 +215,10 @@ def test_every_kind_of_damage_to_every_file_is_found(tmp_path):
             (folder / file.name).write_bytes(data)
             try:
                 assert same(checkpoint.load(folder)[0]["model"], tensors["model"]) and file.name == "manifest.json"
-            except ValueError:
+            except UserError:
                 pass
         (folder / file.name).unlink()
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             checkpoint.load(folder)
         shutil.copy(file, folder)
     checkpoint.load(folder)
@@ -218,8 +232,17 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path):
 
 def test_which_checkpoints_stay(tmp_path):
     for step in range(1, 12):
-        checkpoint.save(tmp_path, step, {"model": {"a": torch.zeros(1)}}, {"step": step}, keep=2, keep_every=4)
+        save(tmp_path, step, {"model": {"a": torch.zeros(1)}}, keep=2, keep_every=4)
     assert [folder.name for folder in checkpoint.folders(tmp_path)] == [f"step_{s:08d}" for s in (4, 8, 10, 11)]
+
+
+def test_older_checkpoints_stay_if_the_newest_reads_back_otherwise(tmp_path, capsys):
+    tensors = {"model": {"a": torch.zeros(20)}}
+    save(tmp_path, 1, tensors)
+    checkpoint.save(tmp_path, 2, tensors, {"step": 2})
+    (tmp_path / "step_00000002" / "meta.json").write_text("{}")
+    checkpoint.prune(tmp_path, 2, keep=1)
+    assert "step 2" in capsys.readouterr().err and checkpoint.load_newest(tmp_path)[1] == {"step": 1}
 
 
 # ---- a full disk
@@ -396,6 +419,59 @@ def test_a_rank_that_dies_or_hangs(flags, name):
     assert "rank 0, step " in errors[0] and "rank 1 does not answer" in errors[0], errors[0]
 
 
+def patient(rank, seconds=9):
+    """Preparing the corpus, and each checkpoint, takes rank 0 long."""
+
+    def slowly(work):
+        return lambda *args: (time.sleep(seconds), work(*args))[1]
+
+    if rank == 0:
+        train.prepared, checkpoint.save = slowly(train.prepared), slowly(checkpoint.save)
+
+
+@pytest.mark.parametrize("more", [[], ["--fsdp"]])
+def test_what_takes_rank_0_long_ends_no_run(flags, more, tmp_path):
+    """Three times the time-out: the others wait where none counts."""
+    ref, began = go([*flags, "--save_every", "0"]), time.monotonic()
+    flags = [*at(flags, tmp_path / "copy"), "--save_every", "0", "--timeout", "3", *more]
+    codes, errors = Run(flags, world=2, fault=patient).end()
+    assert codes == [0, 0] and time.monotonic() - began > 18, errors
+    assert close(tmp_path / "copy", ref)
+
+
+def mistaken(where, rank):
+    """A bug, on one rank: at step 6, or in what the first rank does for all."""
+    forward, calls = train.forward_backward, []
+
+    def wrong(*args):
+        calls.append(1)
+        return torch.zeros(2, 3) @ torch.zeros(4, 5) if len(calls) == 6 else forward(*args)
+
+    if where == f"rank {rank}":
+        train.forward_backward = wrong
+    if where == "corpus" and rank == 0:
+        train.prepared = lambda data, vocab: {}["nothing"]
+
+
+@pytest.mark.parametrize("where", ["rank 0", "rank 1", "corpus"])
+def test_a_bug_of_one_rank_keeps_its_traceback(flags, where):
+    """And the other rank says which one does not answer."""
+    rank = int(where == "rank 1")
+    codes, errors = Run([*flags, "--timeout", "20"], world=2, fault=functools.partial(mistaken, where)).end()
+    assert codes[rank] == 1 and codes[1 - rank] == 5, errors
+    assert (
+        "Traceback" in errors[rank]
+        and ("KeyError: 'nothing'" if where == "corpus" else "(2x3 and 4x5)") in errors[rank]
+    )
+    assert "does not answer" not in errors[rank] and "Traceback" not in errors[1 - rank]
+    assert f"rank {1 - rank}, step " in errors[1 - rank] and f"rank {rank}" in errors[1 - rank], errors
+
+
+def test_a_bug_of_a_single_process_keeps_its_traceback(flags):
+    codes, errors = Run(flags, fault=functools.partial(mistaken, "rank 0")).end()
+    assert codes == [1] and "Traceback" in errors[0] and "(2x3 and 4x5)" in errors[0]
+
+
 def torchrun(flags, *more):
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *more, "train.py"]
     return subprocess.Popen([*start, *flags], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -406,7 +482,7 @@ def workers(process):
     return [int(pid) for pid in children.split()]
 
 
-def wait_for(run, kind, count, seconds=60):
+def wait_for(run, kind, count, seconds=120):
     limit = time.monotonic() + seconds
     while len(events(run, kind) if (run / "log.jsonl").exists() else []) < count:
         assert time.monotonic() < limit, f"no {kind} in {seconds} s"
@@ -423,8 +499,8 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_stops_on_a_signal(flags, t
     wait_for(copy, "step", 40)
     process.send_signal(signal.SIGTERM)  # now the signal, to torchrun itself
     process.wait(60)
-    assert process.returncode and events(copy)[-1]["event"] == "step", process.stderr.read()
-    stopped = events(copy)[-1]["step"]
+    stopped = events(copy, "step")[-1]["step"]
+    assert process.returncode and events(copy)[-1] == {"event": "save", "step": stopped}, process.stderr.read()
     assert stopped < 300 and checkpoint.folders(copy)[-1].name == f"step_{stopped:08d}"
     assert Run(at(flags, copy)).end()[0] == [0] and exact(copy, ref)
 
@@ -496,8 +572,8 @@ def test_resuming_with_other_flags(flags, capsys):
     """Every flag in turn: refused with both values, or taken and logged."""
     run = go([*flags, "--method", "constant", "--mean_depth", "3"])
     args = options.parse([*flags, "--method", "constant", "--mean_depth", "3"])
-    special = {"layers": 5, "heads": 2, "micro_batch": 4, "mean_depth": 2.0, "stages": "2-4", "fixed": "first", "warmup": 2.0,
-               "dropout": 0.2, "theta_bar": 0.4, "beta1": 0.8, "beta2": 0.9, "p_max": 0.5, "mfu": 0.3}  # fmt: skip
+    special = {"layers": 5, "heads": 2, "micro_batch": 4, "mean_depth": 2.0, "stages": "2-4", "fixed": "first"}
+    special |= {"warmup": 2.0, "dropout": 0.2, "beta1": 0.8, "beta2": 0.9, "mfu": 0.3}
     tried = {"refused": 0, "taken": 0}
     for action in options.flags()._actions:
         name = action.dest
@@ -579,17 +655,9 @@ def test_a_pickle_under_any_of_our_names_stays_data(flags, corpus, tmp_path):
 
 
 def test_no_file_can_run_code():
-    words = [
-        "pickle",
-        "torch.load",
-        "torch.save",
-        "eval(",
-        "exec(",
-        "yaml.load",
-        "allow_pickle",
-        "shell=True",
-        "os.system",
-    ]
-    for file in ROOT.glob("*.py"):
+    words = ["pickle", "torch.load", "torch.save", "eval(", "exec(", "yaml.load", "allow_pickle", "shell=True"]
+    files = [file for file in ROOT.rglob("*.py") if file.relative_to(ROOT).parts[0] not in ("tests", "out", ".venv")]
+    assert len(files) > 30
+    for file in files:
         code = file.read_text().replace(".eval()", "").replace("no pickle", "").replace("never pickle", "")
-        assert not [word for word in words if word in code], file
+        assert not [word for word in [*words, "os.system"] if word in code], file
