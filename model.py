@@ -219,7 +219,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.recompute = False  # --recompute
-        self.pooler = None  # {"weight", "bias"} of the layer above [CLS], if it came with one (hf.py)
+        self.pooler = None  # {"weight", "bias"} of the layer above [CLS], if it came with one (tools/hf.py)
         C, V = config.width, config.padded_vocab
         post = config.norm == "post"
         self.tokens = nn.Embedding(V, C)

@@ -44,5 +44,6 @@ def guard(name, main):
     try:
         main()
     except Exit as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        command = name if name.endswith(".py") else f"python -m {name}"
+        print(f"{command}: {error}", file=sys.stderr)
         sys.exit(error.code)

@@ -30,6 +30,7 @@ def command(argv, folder, cwd):
     if argv[0].endswith(".py"):
         runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
     else:
+        sys.modules.pop(argv[0], None)  # runpy warns of a module that is loaded
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 

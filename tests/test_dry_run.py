@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import model as transformer
 import train
-from engine import dry_run, machine, options, parallel
+from engine import ROOT, dry_run, machine, options, parallel
 from test_train import command
 from text.corpus import rng
 
@@ -78,6 +78,19 @@ def test_costs_by_hand():
     assert sharded["moments"] * 8 == c["moments"] and sharded["memory"] < c["memory"]
     smaller = dry_run.costs(options.parse([*flags, "--micro_batch", "8"]))
     assert smaller["activations"] < 0.4 * c["activations"] and smaller["flops"] == c["flops"]
+
+
+def test_readmes_commands_fit_into_80_gb():
+    """Every training command of README at full size, on the machine it is written for."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = [line for line in lines if line.startswith(("torchrun --nproc", "python train.py")) and "configs/" in line]
+    commands = [line for line in lines if "toy" not in line]
+    assert len(commands) >= 5
+    for command in commands:
+        gpus = "8" if command.startswith("torchrun") else "1"
+        flags = command.split("train.py ")[1].split("  ")[0].split()
+        cost = dry_run.costs(options.parse([*flags, "--dry_run", "--gpus", gpus, "--device", "cuda"]))
+        assert cost["memory"] < 75e9, command
 
 
 def test_nothing_is_created_and_no_gpu_is_needed(tmp_path):
