@@ -86,11 +86,11 @@ def test_readmes_commands_fit_into_80_gb():
     lines = [line for line in lines if line.startswith(("torchrun --nproc", "python train.py")) and "configs/" in line]
     commands = [line for line in lines if "toy" not in line]
     assert len(commands) >= 5
-    for command in commands:
-        gpus = "8" if command.startswith("torchrun") else "1"
-        flags = command.split("train.py ")[1].split("  ")[0].split()
+    for line in commands:
+        gpus = "8" if line.startswith("torchrun") else "1"
+        flags = line.split("train.py ")[1].split("  ")[0].split()
         cost = dry_run.costs(options.parse([*flags, "--dry_run", "--gpus", gpus, "--device", "cuda"]))
-        assert cost["memory"] < 75e9, command
+        assert cost["memory"] < 75e9, line
 
 
 def test_nothing_is_created_and_no_gpu_is_needed(tmp_path):
