@@ -1,20 +1,25 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import train
-from engine import options
+import methods
+from engine import ROOT, options
+from engine.errors import UserError
+from engine.log import read_log
 from processes import script
-from studies import compare
+from studies import compare, stats
 from text import prepare
+from text.corpus import Corpus
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """The trainings of a comparison start as the other processes of the tests do."""
-    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: script(*command[1:], cwd=Path.cwd()))
+    at_once = lambda command, **_: script(*command[1:], cwd=Path.cwd())  # noqa: E731
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=at_once))
 
 
 def base(*more):
@@ -44,11 +49,11 @@ def test_every_schedule_costs_its_budget(arm, budget):
         assert (arm, budget) in {("pld", 3.0), ("decreasing", 2.0), ("decreasing", 3.0)}
         return
     args = options.parse(["--steps=3000", "--heads=4", *flags])
-    method = train.methods.choose(args)
+    method = methods.choose(args)
     cost = 0.0
     for step in range(1, args.steps + 1):
         path = method.subnetwork(step)
-        cost += method.depth(step) if path is None else path.cost(args.batch)
+        cost += method.depth(step) if path is None else path.cost()
     assert 3000 * 12 / cost == pytest.approx(4 / 3 if budget == 1.333 else budget, rel=0.012)
 
 
@@ -75,22 +80,22 @@ def test_a_strip_shows_what_runs():
     assert of("--method=full") == [(1.0,) * 4] * 4
     assert of("--method=mslt", "--stages=2-4-4-4")[0] == (1.0, 0.4, 1.0, 1.0)
     assert of("--method=mslt", "--stages=2-4-4-4")[3] == (0.0, 1.0, 1.0, 1.0)
-    first, *_, last = of("--method=decreasing", "--batch=64")
-    assert first == (1.0,) * 4 and last[0] < 0.2 < last[2] < 1
-    assert of("--method=ramp", "--ramp_share=1")[3] == pytest.approx((1 / 40, 11 / 40, 21 / 40, 31 / 40))
+    first, *_, last = of("--method=decreasing")
+    assert first == (1.0,) * 4 and last[0] == 0 and set(last) <= {0.0, 1.0}  # dropped for the whole batch, or not
+    assert of("--method=ramp")[3] == pytest.approx((0.1, 1, 1, 1))
 
 
 def test_intervals_by_a_table_of_students_t():
-    mean, half = compare.interval([1.0, 2.0, 3.0])
+    mean, half = stats.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))  # standard deviation 1
-    assert compare.interval([1.0]) == (1.0, None)
+    assert stats.interval([1.0]) == (1.0, None)
 
 
 def test_differences_are_paired_by_seed():
     runs = [run_of("full", s, 3 + s, seconds=12.0) for s in (0, 1, 2)] + [
         run_of("raptr", s, 3.5 + s) for s in (2, 0, 7)
     ]
-    row = next(r for r in compare.rows(runs, {"full": [], "raptr": []}) if r["arm"] == "raptr")
+    row = next(r for r in stats.rows(runs, {"full": "-", "raptr": "-"}) if r["arm"] == "raptr")
     assert row["minus_full"] == (0.5, 0.0) and row["minus_full_flops"] is None  # seed 7 has no partner
     assert row["speed_up"] == pytest.approx(1.2) and row["n"] == 3
 
@@ -113,8 +118,10 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
         {"full": 1, "full_flops": 4 / 3, "raptr": 4 / 3, "stacking": 4 / 3, "shallow": 4 / 3}, rel=0.02
     )
     assert {tuple(jump[:2]) for jump in table["jumps"]} >= {("stacking", "2 to 3 layers"), ("raptr", "3 to 4 layers")}
-    for figure in ("flops.png", "time.png", "strips.png"):
+    for figure in ("flops.png", "strips.png"):
         assert (tmp_path / "results/t" / figure).stat().st_size > 3000
+    text = (tmp_path / "results/t/table.md").read_text()
+    assert f"Made by: `python -m studies.compare {' '.join(command)}`, commit " in text and "| time |" not in text
     logs = {f: f.stat().st_mtime_ns for f in tmp_path.glob("out/compare/t/*/log.jsonl")}
     lost = tmp_path / "out/compare/t/raptr-1"
     kept = (lost / "log.jsonl").read_text()
@@ -124,7 +131,7 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
     compare.main(command)
     assert {f.parent.name for f, t in logs.items() if f.stat().st_mtime_ns != t} == {"raptr-1"}
     same_losses = [line for line in first.splitlines() if line.startswith("| raptr")]
-    assert same_losses[0].split("|")[6] in capsys.readouterr().out
+    assert same_losses[0].split("|")[5] in capsys.readouterr().out
 
 
 def test_all_arms_of_a_seed_share_their_start(tmp_path, corpus, monkeypatch):
@@ -145,7 +152,7 @@ def test_a_fusion_pays_for_its_parents(tmp_path, corpus, monkeypatch):
     compare.main(["--methods", "full,fusion", "--seeds", "1", "--name", "f", *flags.split(), "--data", str(corpus)])
     rows = {row["arm"]: row for row in json.loads((tmp_path / "results/f/table.json").read_text())["rows"]}
     full, fusion = rows["full"], rows["fusion"]
-    logs = [train.report.read_log(tmp_path / "out/compare/f" / f"fusion-0{of}") for of in ("", "-parent1", "-parent2")]
+    logs = [read_log(tmp_path / "out/compare/f" / f"fusion-0{of}") for of in ("", "-parent1", "-parent2")]
     steps = [log[-1]["step"] for log in logs]
     layer = {
         width: 24 * width**2 + 4 * 32 * width for width in (16, 32)
@@ -164,22 +171,21 @@ def test_schedules_that_cannot_be_are_not_planned():
         compare.schedule("raptr", base("--layers", "4"), 2)  # two pinned layers leave nothing to draw from
     warm = base("--full_warmup", "400")
     args = options.parse([*compare.schedule("raptr", warm, 1.333), "--full_warmup=400"])
-    method = train.methods.choose(args)
+    method = methods.choose(args)
     assert sum(method.expected_layers(step) for step in range(1, 1601)) / 1600 == pytest.approx(9, abs=0.02)
 
 
-def test_a_table_does_not_mix_settings(tmp_path, corpus, text, monkeypatch, capsys):
+def test_a_table_does_not_mix_settings(tmp_path, corpus, text, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = "--methods full --seeds 1 --layers 2 --width 16 --heads 2 --seq 32 --batch 4 --threads 1 --eval_sequences 8 --data"
+    flags = "--methods full --seeds 1 --layers 2 --width 16 --heads 2 --seq 32 --batch 4 --threads 1"
+    flags += " --eval_sequences 8 --data"
     compare.main([*flags.split(), str(corpus), "--steps", "3"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="another --steps"):
         compare.main([*flags.split(), str(corpus), "--steps", "4"])
-    assert "another --steps" in capsys.readouterr().err
     shorter = tmp_path / "shorter"
     prepare.prepare(lambda: ((d, True) for d in text[:900]), shorter, 512, tokenizer=corpus / "tokenizer.model")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="another text"):
         compare.main([*flags.split(), str(shorter), "--steps", "3"])
-    assert "another text" in capsys.readouterr().err
 
 
 def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
@@ -199,7 +205,7 @@ def test_a_budget_that_an_arm_cannot_meet_is_said(capsys):
     ],
 )
 def test_bad_flags(flags, word):
-    shown = script("compare.py", *flags.split())
+    shown = script("studies.compare", *flags.split())
     assert shown.returncode == 2 and word in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
 
 
@@ -210,14 +216,15 @@ def test_a_fusion_whose_parents_diverge_loses(tmp_path, corpus, monkeypatch):
         "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32"
     )
     job = [*flags.split(), f"--data={corpus}", "--method=full", compare.PARENTS, "--lr=1e30", "--clip=0", "--warmup=0"]
-    text = train.data.Corpus(corpus).fingerprint
-    compare.run_all([(tmp_path / "out" / "fusion-0", job)], text, [], 1, may_fail=True)
+    text = Corpus(corpus).fingerprint
+    compare.run_all([(tmp_path / "out" / "fusion-0", job)], text, [], 1, may_diverge=True)
     assert compare.final_loss(tmp_path / "out" / "fusion-0") == math.inf
 
 
 def test_a_learning_rate_at_which_training_diverges_is_not_chosen(tmp_path, corpus, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32 --clip 0"
+    flags = "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8"
+    flags += " --dtype float32 --clip 0"
     compare.main(["--methods", "full", "--seeds", "1", "--name", "t", "--lr", "1e30,1e-3", "--warmup", "0"]
                  + [*flags.split(), "--data", str(corpus)])  # fmt: skip
     table = json.loads(
@@ -231,3 +238,20 @@ def test_a_run_that_never_began_is_not_finished(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     (tmp_path / "config.json").write_text("{}")
     assert not compare.finished(tmp_path, ["--method=full"], "text") and compare.final_loss(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize("name", ["short", "long", "ul2", "width"])
+def test_committed_tables_come_from_committed_logs(name, tmp_path):
+    """Logs of older versions too, with flags that no longer exist."""
+    committed, folder = ROOT / "results" / name, tmp_path / name
+    folder.mkdir()
+    for file in ("runs.jsonl", "table.json"):
+        (folder / file).write_text((committed / file).read_text())
+    compare.main(["--rebuild", str(folder), "--time"])
+    for file in ("runs.jsonl", "table.json", "table.md"):
+        assert (folder / file).read_text() == (committed / file).read_text()
+    for figure in ("strips.png", "flops.png", "time.png"):
+        assert (folder / figure).stat().st_size > 3000
+    (folder / "table.json").unlink()
+    with pytest.raises(UserError, match="table.json"):
+        compare.main(["--rebuild", str(folder)])

@@ -1,17 +1,21 @@
 """Deep Fusion: what two networks said, one says; and it goes on training."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import model as transformer
-from engine import options
+from engine import ROOT, options
+from engine.errors import UserError
 from engine.runs import load_run
 from methods import deep_fusion
 from processes import script
 from test_model import batch
 from test_train import events, go
+from text import prepare
 
 BERT = transformer.Config(3, 32, 2, 64, 24, 300, 0.0, init_std=0.3)
 UL2 = dataclasses.replace(BERT, arch="ul2", positions="relative", rms=True, gated=True, tied=False)
@@ -104,7 +108,7 @@ def test_moments_stand_where_their_weights_stand():
 
 
 def shell(*arguments):
-    return script("deep_fusion.py", *arguments)
+    return script("methods.deep_fusion", *arguments)
 
 
 def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
@@ -146,9 +150,7 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
         (["--data={other}", "--vocab=400"], "different tokenizers"),
     ],
 )
-def test_parents_that_do_not_fit(tiny, more, said, text, tmp_path, monkeypatch, capsys):
-    from text import prepare
-
+def test_parents_that_do_not_fit(tiny, more, said, text, tmp_path):
     if "--vocab=400" in more:
         other = tmp_path / "other"
         prepare.prepare(
@@ -157,9 +159,9 @@ def test_parents_that_do_not_fit(tiny, more, said, text, tmp_path, monkeypatch, 
         more = [flag.format(other=other) for flag in more]
     flags = [*tiny[:-1]]
     runs = [go([*flags, str(tmp_path / name), "--steps", "3", *own]) for name, own in (("a", []), ("b", more))]
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(UserError, match=said):
         deep_fusion.main([*map(str, runs), "--out", str(tmp_path / "c")])
-    assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "c").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_norm_parts_must_add_up(tiny, capsys):
@@ -167,3 +169,10 @@ def test_norm_parts_must_add_up(tiny, capsys):
         with pytest.raises(SystemExit) as end:
             options.parse([*tiny, f"--norm_parts={parts}"])
         assert end.value.code == 2 and "--width 64" in capsys.readouterr().err
+
+
+def test_its_tensors_need_no_run_folders():
+    """Importing it loads nothing that trains or reads runs."""
+    code = "import sys, methods.deep_fusion; print({'train', 'model', 'data', 'engine.runs'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "set()", shown.stderr
