@@ -8,6 +8,7 @@ a measurement. --device says which machine is meant; on a GPU attention is fused
 is shown here. Not here: how much a run really takes (tools/bench.py).
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -62,6 +63,14 @@ def step_memory(config, sequences, targets, bf16, gpu, recompute=False):
         transformer.explicit = was
 
 
+def memory_of(config, *how):
+    """`step_memory`, for a deep network from two shallow ones: layers are alike, so each takes the same."""
+    if config.layers <= 6:
+        return step_memory(config, *how)
+    two, four = (step_memory(dataclasses.replace(config, layers=layers), *how) for layers in (2, 4))
+    return four + (four - two) * (config.layers - 4) // 2
+
+
 def costs(args):
     """Everything that is printed, as a dict: bytes, FLOPs, hours. `args`: the flags of train.py, parsed."""
     objective = data.objective(args)
@@ -71,7 +80,7 @@ def costs(args):
     mean, P, W = mean_layers(method, args.steps), transformer.parameters(config), args.gpus
     gpu = args.device in ("auto", "cuda")
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
-    activations = step_memory(config, args.micro_batch, targets, bf16, gpu, args.recompute) - 12 * P
+    activations = memory_of(config, args.micro_batch, targets, bf16, gpu, args.recompute) - 12 * P
     logits = 4 * config.padded_vocab * min(args.loss_chunk or math.inf, math.ceil(args.micro_batch * targets))
     accumulates = args.batch // args.micro_batch // W > 1
     share = W if args.fsdp else 1
