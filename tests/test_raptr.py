@@ -1,15 +1,22 @@
+import importlib
+import operator
+import re
+import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 
 import pytest
 import torch
 
+import methods
 from engine import ROOT
 from methods.width import NarrowSubnetwork, Width
 from model import BERT, Config
 from raptr import RaPTr, Stage, Subnetwork, mean_layers, over, stage_plan
 from stacking import PartlyFrozen
+from test_train import events, go
 
 PINNED = {0, 11}
 
@@ -179,15 +186,41 @@ def test_demo():
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1
 
 
-def test_the_readmes_own_method_in_twenty_lines():
-    block = (ROOT / "README.md").read_text().split("`window.py`:\n\n```python\n")[1].split("```")[0]
-    assert len([line for line in block.splitlines() if line]) <= 20
-    exec(block, names := {})
-    method = names["Window"](stage_plan([6, 9, 12], 300, 12), 12, seed=0)
+def test_the_readmes_own_method_in_twenty_lines(tiny, monkeypatch):
+    """Its lines as they stand there: the method, and what makes it a choice of --method; trained, logged, resumed."""
+    section = (ROOT / "README.md").read_text().split("## Add your own method")[1]
+    method, choice = (block.split("```")[0] for block in section.split("```python\n")[1:3])
+    assert len([line for line in (method + choice).splitlines() if line]) <= 20
+    exec(method, vars(module := types.ModuleType("methods.window")))
+    monkeypatch.setitem(sys.modules, "methods.window", module)
+    window = module.Window(stage_plan([6, 9, 12], 300, 12), 12)
     for step in (1, 50, 100, 101, 200):
-        kept = method.subnetwork(step).layers
-        assert len(kept) == (6 if step <= 100 else 9) and kept == tuple(range(kept[0], kept[-1] + 1)) and kept[-1] < 12
-    assert method.subnetwork(201) is None and mean_layers(method, 300) == 9
+        kept = window.subnetwork(step).layers
+        assert len(kept) == (6 if step <= 100 else 9) and kept == tuple(window_of(kept)) and kept[-1] < 12
+    assert window.subnetwork(201) is None and mean_layers(window, 300) == 9
+    function, _, line = choice.rstrip().rpartition("\n")
+    exec(function, names := {**vars(methods)})
+    for name, value in eval("{" + line + "}", names).items():
+        monkeypatch.setitem(methods.METHODS, name, value)
+    run = go(tiny, "--method", "window", "--save_every", 5, "--keep", 9)
+    before = events(run, "step")
+    assert [len(e["layers"]) for e in before] == [2] * 4 + [3] * 4 + [4] * 4
+    assert all(e["layers"] == list(window_of(e["layers"])) for e in before)
+    shutil.rmtree(run / "step_00000012")
+    go(tiny, "--method", "window", "--save_every", 5, "--keep", 9)
+    assert [e["loss"] for e in events(run, "step")] == [e["loss"] for e in before]
+
+
+def test_the_functions_of_method_md_exist():
+    table = (ROOT / "METHOD.md").read_text().split("| the algorithm | function |")[1].split("\n\n")[0]
+    names = re.findall(r"\| `([a-z]+)\.([\w.]+)` \|", table)
+    assert len(names) > 8
+    for module, name in names:
+        assert operator.attrgetter(name)(importlib.import_module(module)), name
+
+
+def window_of(layers):
+    return range(layers[0], layers[-1] + 1)
 
 
 # ---- over: anybody's model
@@ -271,21 +304,29 @@ def test_models_of_transformers_run_over_a_subnetwork(make, where):
     assert not torch.isclose(scaled, full)
 
 
-def test_a_training_loop_with_it():
-    """The lines of the README: it learns, and what was never on a path has not moved."""
-    model = decoder()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    tokens = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(0))
-    method, skipped, losses = RaPTr([Stage(1, 30, 3)], 4, {0, 1, 3}), model.model.layers[2], []
-    before = [p.clone() for p in skipped.parameters()]
-    for step in range(1, 31):
-        with over(model.model.layers, method.subnetwork(step)):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1 and all(torch.equal(a, b) for a, b in zip(before, skipped.parameters()))
+def test_the_readmes_training_loop():
+    """The lines of its first screen: the model learns, and what was never on a path has not moved."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 12}
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, num_attention_heads=2))
+    layers, losses, ran = model.bert.encoder.layer, [], []
+    tokens = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+    model.register_forward_hook(lambda module, args, out: losses.append(out.loss.item()))
+    model.register_forward_pre_hook(lambda module, args: ran.append(list(layers)))
+    block = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    before = {layer: [p.clone() for p in layer.parameters()] for layer in layers}
+    names = {"torch": torch, "model": model, "batch": lambda: {"input_ids": tokens, "labels": tokens}, "steps": 4}
+    exec(block.replace("AdamW(model.parameters())", "AdamW(model.parameters(), 1e-2)"), names)
+    assert [len(path) for path in ran] == [6, 8, 10, 12] and losses[-1] < losses[0]
+    ran.clear()
+    fresh = {layer: [p.clone() for p in layer.parameters()] for layer in layers}
+    assert all(not torch.equal(a, b) for layer in layers for a, b in zip(before[layer], fresh[layer]) if a.ndim == 2)
+    exec(block.replace("[6, 8, 10, 12]", "[6, 6, 12]").replace("range(1, steps + 1)", "range(1, 2)"), names)
+    (path,) = ran
+    for layer in layers:
+        rests = all(torch.equal(a, b) for a, b in zip(fresh[layer], layer.parameters()))
+        assert rests == (layer not in path)
 
 
 def test_over_refuses_layers_of_several_kinds():
