@@ -194,6 +194,16 @@ def test_only_damaged_checkpoints_end_with_4(tiny):
         assert shown.returncode == 4 and "step_00000012" in shown.stderr, shown.stderr
 
 
+def test_checkpoints_that_are_gone_do_not_begin_a_run_afresh(tiny):
+    """The log says that there were some: exit code 4, and nothing changes."""
+    run = go(tiny)
+    shutil.rmtree(run / "step_00000012")
+    before = (run / "log.jsonl").read_bytes()
+    shown = command(tiny)
+    assert shown.returncode == 4 and "none is left" in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+    assert (run / "log.jsonl").read_bytes() == before
+
+
 def test_other_flags_are_refused_with_both_values(tiny):
     run = go(tiny)
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
