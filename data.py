@@ -32,7 +32,7 @@ NO_TARGET = -100  # a position that is not predicted
 
 
 def mask_tokens(tokens, vocab, generator):
-    """BERT's masking of windows (B, T): (inputs (B, T), masked (B, M), targets (B, M)), M = 15% of a window.
+    """BERT's masking of windows (B, T): (inputs (B, T), masked (B, M), targets (B, M)), M = round(0.15 (T - 1)).
 
     15% of the tokens of each window that are not special are targets; of these 80% become [MASK], 10% a random token,
     10% stay. A window with more specials has fewer targets than M; its spare slots point at position 0 with NO_TARGET.
@@ -256,7 +256,8 @@ def corrupt(text, mask, n, mode, first_extra):
 
 
 def denoise(text, names, vocab, seq, generator):
-    """Rows of `seq` tokens from text (B, seq), one denoiser by name for each; vocab: the tokenizer's."""
+    """Rows of `seq` tokens from text (B, seq - 1), windows without [CLS]. names: one denoiser per row. vocab: the
+    tokenizer's."""
     tokens, prefix, targets = np.empty((len(text), seq), int), np.empty(len(text), int), np.empty((len(text), seq), int)
     for name in sorted(set(names)):
         rows = np.flatnonzero(np.asarray(names) == name)

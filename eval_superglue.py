@@ -418,7 +418,7 @@ def main():
     what.add_argument("--finetune", metavar="RUN", help="run folder of the model to fine-tune")
     what.add_argument("--shots", nargs=2, metavar=("K", "RUN"), help="ask the UL2 of a run folder after K examples")
     parser.add_argument("--tasks", default="all", help=f"of {', '.join(TASKS)}; all: those whose files are there")
-    parser.add_argument("--seeds", type=count, default=3, help="how many [3]")
+    parser.add_argument("--seeds", type=count, default=3, help="number of seeds [3]")
     parser.add_argument("--epochs", type=natural, default=0, help="0: by task, 2 for large to 10 for small ones")
     parser.add_argument("--lr", type=positive, default=3e-5, help="peak learning rate [3e-5]")
     parser.add_argument("--batch", type=count, default=16, help="examples a step [16]")

@@ -34,7 +34,7 @@ class Config:
     heads: int = 12
     mlp: int = 3072  # hidden neurons
     seq: int = 512  # tokens per sequence
-    vocab: int = 30522  # ids the tokenizer knows; the tables are padded up to `padded_vocab`
+    vocab: int = 30522  # the tokenizer's ids, and UL2's modes and sentinels; tables are padded up to `padded_vocab`
     dropout: float = 0.1
     norm: str = "pre"  # pre | post
     positions: str = "learned"  # learned | rotary | relative
@@ -100,9 +100,14 @@ def explicit(q):
     return q.is_cpu and q.dtype == torch.bfloat16
 
 
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention)
+
+
 def attend(q, k, v, mask, dropout):  # (B, H, T, C/H) each
-    if isinstance(mask, BlockMask):
-        return flex(q, k, v, block_mask=mask)
+    if isinstance(mask, BlockMask):  # skips what the mask hides
+        return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
     if explicit(q):
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T, T)
         if mask is not None:
@@ -110,16 +115,6 @@ def attend(q, k, v, mask, dropout):  # (B, H, T, C/H) each
         return F.dropout(scores.softmax(dim=-1).to(q.dtype), dropout) @ v
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-
-
-@functools.cache
-def compiled_flex():
-    return torch.compile(flex_attention)
-
-
-def flex(q, k, v, block_mask):
-    """Flex attention, which skips what a BlockMask hides; fused on a GPU."""
-    return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=block_mask)
 
 
 class Attention(nn.Module):
@@ -169,17 +164,27 @@ class PartNorm(nn.Module):
         self.bias = None if config.rms else nn.Parameter(torch.zeros(config.width))
 
     def forward(self, x):
-        y = (
-            torch.cat([self.norm(part, part.shape[-1:], eps=self.eps) for part in x.split(self.parts, -1)], -1)
-            * self.weight
-        )
+        parts = [self.norm(part, part.shape[-1:], eps=self.eps) for part in x.split(self.parts, -1)]
+        y = torch.cat(parts, -1) * self.weight
         return y if self.bias is None else y + self.bias
+
+
+class LayerNorm(nn.LayerNorm):
+    """Its parameters count in float32, also where FSDP2 gathers them in bfloat16."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.float(), self.eps)
 
 
 def make_norm(config):
     if config.norm_parts:
         return PartNorm(config)
-    return (nn.RMSNorm if config.rms else nn.LayerNorm)(config.width, eps=config.norm_eps)
+    return (RMSNorm if config.rms else LayerNorm)(config.width, eps=config.norm_eps)
 
 
 class Block(nn.Module):
@@ -286,9 +291,11 @@ class Stack(nn.Module):
         width = subnetwork.width  # its blocks have been cut to it (methods/width.py)
         gain = None if width is None else torch.tensor(width.scale, device=x.device)
 
-        # y_l = y_{l-1} + a_l f_l(y_{l-1}) for the layers of the path. A layer that is not named here is bypassed: its
-        # input is its output, and its weights get no gradient.
+        # y_l = y_{l-1} + a_l f_l(y_{l-1}), where a block returns y + f(y) and applies a_l itself. The loop visits
+        # only the layers of the path. That is the bypass: a layer not listed never runs, and its weights get no
+        # gradient.
         for i, layer in enumerate(subnetwork.layers):
+            # Relative positions have one bias per head: keep those of the heads that run.
             visible = mask if width is None or self.relative is None else mask[:, width.heads[i]]
             shared = Shared(rotation, visible, None if past is None else past.setdefault(layer, {}), gain)
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= subnetwork.frozen):
@@ -427,16 +434,14 @@ def demo():
     print("\n  preset        layers  width   params    FLOPs/step   half the layers   of which head")
     for path in sorted((ROOT / "configs").glob("*.toml")):
         preset = tomllib.loads(path.read_text())
-        args = Namespace(**{"mlp": 4 * preset["width"], "arch": "bert", "denoisers": "ul2"} | preset)
-        task = objective(args)
-        fields = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
+        preset = {"mlp": 4 * preset["width"], "arch": "bert", "denoisers": "ul2"} | preset
+        task = objective(Namespace(**preset))
+        fields = {name: preset[name] for name in Config.__dataclass_fields__ if name in preset}
         config, targets = Config(**fields | {"vocab": task.model_vocab}), task.targets_per_row()
-        full = flops(config, args.batch, targets)
-        half = flops(config, args.batch, targets, config.layers // 2) / full
-        head = flops(config, args.batch, targets, 0) / full
+        full, half, head = (flops(config, preset["batch"], targets, n) for n in (None, config.layers // 2, 0))
         size = f"{parameters(config) / 1e6:,.1f}M"
         print(f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}", end="")
-        print(f"  {full:12.3e}  {half:16.1%}  {head:14.1%}")
+        print(f"  {full:12.3e}  {half / full:16.1%}  {head / full:14.1%}")
     print(
         "\n  A step is forward and backward over the whole batch. The head always runs, so half the layers cost a bit"
     )

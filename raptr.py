@@ -12,7 +12,7 @@ Not here: the model that runs a path (model.py), the training loop (train.py), R
 Source: "Efficient Stagewise Pretraining via Progressive Subnetworks" (Panigrahi et al., arXiv 2402.05913, ICLR 2025).
 The authors released no code. What their text leaves open is a flag of train.py, listed with its default in README.md.
 
-Legend: L layers, k kept layers, I the layers that are always kept, T steps, S stages.
+Legend: L layers, k (mean) number of kept layers, I the layers that are always kept, T steps, S stages.
 Layers count from 0, steps from 1.
 """
 
@@ -34,12 +34,12 @@ class Subnetwork:
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
 
-    # Two methods train less than all of a kept layer. Their subclasses set these:
-    frozen = 0  # stacking.py, MSLT: so many of the lowest kept layers run without being trained
-    width = None  # methods/width.py: the heads and hidden neurons that train
+    # Two methods train less than all of a kept layer. Their subclasses have these as fields:
+    frozen = 0  # stacking.py, MSLT: how many of the lowest kept layers run without being trained
+    width = None  # methods/width.py: which heads and neurons train; not the hidden size
 
     def cost(self):
-        """FLOPs of the layers, in units of one whole layer, trained."""
+        """Cost of the step, in units of one layer's forward and backward pass."""
         return len(self.layers)
 
 
@@ -176,7 +176,7 @@ def path_scale(kept, k, layers, pinned, scaling):
     gap: sqrt(distance to the kept layer below), as a kept layer stands in for the skipped ones before it. At
         initialisation a pre-LN stack adds about independent updates, whose sum grows as the square root of their
         number.
-    uniform: sqrt(L / k) for every kept layer, for the same reason.
+    uniform: sqrt(L / number of layers kept in this step) for every kept layer, for the same reason.
     inverse: 1 / p for the layers that can be dropped, as in progressive layer dropping: the mean update is unchanged.
     """
     if scaling == "none":
@@ -233,9 +233,9 @@ def over(layers, subnetwork):
     """Within this context the nn.ModuleList `layers` holds only the kept layers, so the model runs and trains only
     those.
 
-    Build the optimizer outside, over all parameters, and let the gradients of skipped layers be None
-    (`zero_grad(set_to_none=True)`). DistributedDataParallel fails or hangs, because it waits for the gradients of
-    skipped
+    Run forward and backward inside the context. Build the optimizer outside, over all parameters, and let the
+    gradients of skipped layers be None (`zero_grad(set_to_none=True)`). DistributedDataParallel fails or hangs,
+    because it waits for the gradients of skipped
     layers: sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
     Raises ValueError for layers that are not alike (some attend to a window, say): their model chooses a mask by the
     place of a layer, and places change here. Raises ValueError for a subnetwork that cuts or freezes layers.

@@ -1,5 +1,5 @@
-"""Growing in depth: train a shallow network, copy layers to make it deeper, train on. Nothing here knows a tensor's
-values.
+"""Growing in depth: train a shallow network, copy layers to make it deeper, train on. This file copies
+tensors and never computes with them.
 
     python stacking.py          for every method, which layer each layer was copied from, stage by stage
 

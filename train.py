@@ -116,7 +116,7 @@ def to_device(arrays, device):
 
 def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autocast, ranks):
     """Leave in `.grad` the gradients of the batch, summed over its micro-batches and over all ranks. Those of skipped
-    layers are None. Returns this rank's part of the mean loss over all targets.
+    layers are None. Returns this rank's contribution to the mean loss over all targets.
 
     One process adds up the first and the second half of the batch apart, then both: two processes, of which each has
     one half, get the same bits. This takes one more set of gradients at most; otherwise micro-batches add up in place.
@@ -149,8 +149,8 @@ def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autoca
 def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed=0, exchange=None):
     """Update the part of a model that `subnetwork` names (None: all of it). Returns (loss, gradient norm, bytes sent).
 
-    batch: three arrays of the whole batch, the last one targets; every rank trains on its share. args: --micro_batch,
-    --clip and --skipped_grad count. exchange: this rank's loss to the losses of all ranks, by default ranks.gather.
+    batch: three arrays of the whole batch, the last one targets; every rank trains on its share. args: micro_batch,
+    clip and skipped_grad are read. exchange: a function of this rank's loss that returns the losses of all ranks.
     Raises NotFinite, before anything is updated, if the loss or the norm is not finite.
     """
     cut = width.cut(model, subnetwork, optimizer)  # of RaPTr in width: empty otherwise
@@ -179,8 +179,8 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
 
 @torch.no_grad()
 def evaluate(model, batch, subnetworks, micro_batch, autocast, ranks):
-    """Mean loss, in nats, on a fixed batch of arrays, the last one targets. Each of several subnetworks gets an
-    equal share of the sequences.
+    """Mean loss, in nats, on the held-out batch, three arrays of which the last is targets. With n subnetworks, each is
+    evaluated on every n-th sequence.
 
     The ranks take turns of `micro_batch` sequences. They run equally many forward passes, as FSDP2 needs; the surplus
     is ignored.
@@ -249,10 +249,12 @@ def main(args, ranks):
 
     # --- run folder, and what an earlier start left in it ---------------------------------------------------------
     run = runs.Run(args, corpus, ranks)
-    model, optimizer = build(args, config, method.depth(max(1, run.step)), ranks)
+    depth = method.depth(max(1, run.step))  # at the checkpoint, or at the first step
+    model, optimizer = build(args, config, depth, ranks)
     run.restore(model, optimizer, initial)
     del initial
-    if run.open_log():
+    has_ended = run.open_log()
+    if has_ended:
         return log.summarize(run.folder) if ranks.first else None
     facts = {
         "world_size": ranks.size,
@@ -289,7 +291,8 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     for step in range(run.step + 1, args.steps + 1):
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)
-        if ranks.agree(step) or (ranks.size == 1 and signals):
+        stop_wanted = ranks.agree(step)  # raises if their paths differ
+        if stop_wanted or (ranks.size == 1 and signals):
             if run.saved < step - 1:
                 run.save(step - 1, model, optimizer, last=True, stopping=True)
             bar.close()
@@ -313,6 +316,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             group["lr"] = lr
         layers = list(subnetwork.layers) if subnetwork else list(range(len(model.blocks)))
         dropout_seed = int(rng(args.seed, "dropout", step).integers(1 << 62))
+        # The next path travels with this step's loss, so that ranks compare both in one exchange.
         following = method.subnetwork(step + 1) if step < args.steps else None
         exchange = functools.partial(ranks.exchange, step=step + 1, subnetwork=following, stop=signals)
         try:
@@ -321,8 +325,6 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             )
         except NotFinite as error:
             raise NotFinite(where(error, step, layers, args, objective, ranks)) from None
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
         took = time.perf_counter() - began
 
         # 4. Count what it cost, and log it. Only the layers that ran count.

@@ -1,4 +1,5 @@
-"""The machine of a run: its device, its precision, its memory settings. Not here: several processes (parallel.py)."""
+"""The machine of a run: its device, its precision, its memory settings. Not here: several processes
+(engine/parallel.py)."""
 
 import ctypes
 import os

@@ -107,7 +107,9 @@ def run_flags(add):
     seed = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
     add.flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
     add.flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
-    add.flag("data", str, "", "prepared corpus, several (A:3,B:1), or text; default: this machine's own manual")
+    add.flag(
+        "data", str, "", "prepared corpus, several (A:3,B:1), or text; default: the docstrings of Python and torch"
+    )
     add.flag("init", str, "", "start from the weights of this run folder")
     add.switch("init_moments", "--init: take the optimizer's moments as well")
     add.flag("seed", seed, 0, "seed of weights, data order, masks, paths and dropout")
@@ -117,11 +119,21 @@ def run_flags(add):
 def method_flags(add):
     exponent = number(float, "a number from -20 to 20", lambda x: abs(x) <= 20)
     add.flag("method", str, "raptr", "training method", choices=[*methods.METHODS])
-    add.flag("stages", str, "auto", "layers per stage, like 6-8-10-12; auto: as in each method's paper")
-    add.flag("alpha", exponent, 0.0, "stage s lasts a share s^alpha of the steps: 0 equal, 1 proportional")
+    add.flag(
+        "stages",
+        str,
+        "auto",
+        "layers per stage; auto, for 12 layers: 6-8-10-12 (raptr), 6-9-12 (stacking, midas, mslt), 3-6-12",
+    )
+    add.flag("alpha", exponent, 0.0, "length of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
     add.flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
-    add.flag("mean_depth", positive, None, "mean layers per step of constant, pld, layerdrop, decreasing, jump")
-    text = "gradient of a skipped layer: none leaves it alone; with zero its moments decay and still move it"
+    add.flag(
+        "mean_depth",
+        positive,
+        None,
+        "mean layers per step of constant (3/4 of all if not given), pld, layerdrop, decreasing, jump",
+    )
+    text = "gradient of a skipped layer. none: AdamW skips it; zero: its moments decay and still change it"
     add.flag("skipped_grad", str, "none", text, choices=["none", "zero"])
 
 
@@ -150,7 +162,7 @@ def model_flags(add):
     add.flag("seq", length, 512, "tokens per sequence")
     add.flag("vocab", long_enough, 30522, "vocabulary size, if a tokenizer is made")
     add.flag("dropout", share, 0.1, "dropout rate")
-    add.flag("norm", str, "pre", "layer norm before or after", choices=["pre", "post"])
+    add.flag("norm", str, "pre", "layer norm before (pre) or after (post) attention and MLP", choices=["pre", "post"])
     add.flag("positions", str, "learned", "position encoding", choices=["learned", "rotary", "relative"])
     add.switch("rms", "RMS norms instead of layer norms")
     add.flag("norm_parts", str, "", "norm parts of a vector each by itself, like 64-64 (Deep Fusion)")
@@ -158,7 +170,7 @@ def model_flags(add):
     add.switch("tied", "tie the head's matrix to the token embedding [yes]", True)
     add.flag("types", natural, 0, "token types; the original BERT has 2")
     add.flag("norm_eps", positive, 1e-5, "added to the variance in norms")
-    add.flag("loss_chunk", natural, 0, "targets whose logits exist at a time; 0: all")
+    add.flag("loss_chunk", natural, 0, "compute logits for this many targets at a time; 0: all at once")
     add.flag("denoisers", str, "r3,r8,s,x3,x8,x64,x64half", "UL2's denoisers, with weights: r3,s:2")
     add.flag("init_std", positive, 0.02, "standard deviation of initial weights")
 
@@ -182,7 +194,7 @@ def optimizer_flags(add):
 def saving_flags(add):
     add.flag("eval_every", natural, 1000, "steps between evaluations; 0: only at stage ends and the end")
     add.flag("eval_sequences", count, 1024, "held-out sequences, the same for every run")
-    text = "held-out sequences to evaluate on; tuning: the others, to choose settings by"
+    text = "tuning: evaluate on other held-out sequences, for choosing settings"
     add.flag("eval_on", str, "held_out", text, choices=["held_out", "tuning"])
     add.flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
     add.flag("keep", count, 2, "newest checkpoints to keep")
@@ -205,7 +217,7 @@ def machine_flags(add):
 def dry_run_flags(add):
     used = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
     add.switch("dry_run", "print what the run needs (memory, FLOPs, hours, disk) and stop")
-    add.flag("gpus", count, 1, "processes, one GPU each")
+    add.flag("gpus", count, 1, "GPUs to plan for")
     add.flag("peak", positive, 989.0, "a GPU's dense bfloat16 TFLOP/s; the default is an H100's or H200's")
     add.flag("mfu", used, 0.4, "share of the peak that is used")
 
@@ -224,8 +236,8 @@ GROUPS = {
 
 
 EPILOG = """\
-A preset sets any of these names, and a flag beats the preset. Other defaults are
-those of a pre-LN BERT-Base.
+A preset sets any of these names, and a flag overrides the preset. The defaults in
+brackets apply where the preset sets nothing; the default preset is a toy.
 exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite;
 4 no usable checkpoint; 5 processes disagree, or one is lost; 1 the last save
 failed; 75 stopped, state saved"""

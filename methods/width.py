@@ -200,7 +200,7 @@ def demo():
             writer.register_forward_pre_hook(lambda module, inputs, mask=mask: inputs[0] * mask)
     difference = (model.encode(tokens) - narrow).abs().max()
     print(
-        f"\n  Largest difference of its states from those of the whole network with the rest masked: {difference:.1e}\n"
+        f"\n  Largest difference from the full network with dropped heads and neurons set to zero: {difference:.1e}\n"
     )
 
 
