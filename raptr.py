@@ -83,7 +83,7 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
     cumulated = [sum(shares[: s + 1]) / sum(shares) for s in range(len(shares))]
     ends = [full_warmup + round((steps - full_warmup) * share) for share in cumulated]
     starts = [full_warmup + 1] + [end + 1 for end in ends]
-    plan = [Stage(1, full_warmup, layers)] * (full_warmup > 0)
+    plan = [Stage(1, full_warmup, layers)] * (full_warmup > 0)  # a stage of the full model, if there is a warm-up
     plan += [Stage(start, end, k) for start, end, k in zip(starts, ends, lengths)]
     if any(stage.end < stage.start for stage in plan):
         raise ValueError(f"--stages {text}: {steps} steps are too few for it (--steps)")
@@ -164,7 +164,7 @@ def draw_layers(rng, k, layers, pinned, sampling):
         p = keep_probability(k, layers, pinned)
         kept = [layer for layer in free if rng.random() < p]
     else:
-        count = math.floor(k) + (rng.random() < k - math.floor(k))
+        count = math.floor(k) + (rng.random() < k - math.floor(k))  # k = 7.5: 7 or 8, equally often
         kept = rng.sample(free, count - len(pinned))
     return tuple(sorted(set(pinned) | set(kept)))
 
@@ -207,13 +207,14 @@ class RaPTr(Staged):
             raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(pinned)} always kept (--fixed)")
 
     def subnetwork(self, step):
-        # The path depends on (seed, step) and nothing else: every rank draws the same one without asking, and a run
-        # that resumes at this step draws it again. One path serves the whole batch, as in the paper.
+        # Once per step, for all sequences of the batch: a layer that is skipped for all of them costs nothing. The
+        # path depends on (seed, step) and nothing else: every rank draws the same one without asking, and a run that
+        # resumes at this step draws it again.
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
 
     def path(self, k, name):
         """The path of (mean) length k that belongs to a name. Python hashes a string seed the same way everywhere."""
-        if k == self.layers:
+        if k == self.layers:  # the last stage trains the full model
             return None
         kept = draw_layers(random.Random(name), k, self.layers, self.pinned, self.sampling)
         return Subnetwork(kept, path_scale(kept, k, self.layers, self.pinned, self.scaling))
@@ -230,15 +231,14 @@ class RaPTr(Staged):
 
 @contextlib.contextmanager
 def over(layers, subnetwork):
-    """Within this context the nn.ModuleList `layers` holds only the kept layers, so the model runs and trains only
-    those.
+    """Within this context the nn.ModuleList `layers` holds only the kept layers: the model runs and trains only those.
 
     Run forward and backward inside the context. Build the optimizer outside, over all parameters, and let the
-    gradients of skipped layers be None (`zero_grad(set_to_none=True)`). DistributedDataParallel fails or hangs,
-    because it waits for the gradients of skipped
-    layers: sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
-    Raises ValueError for layers that are not alike (some attend to a window, say): their model chooses a mask by the
-    place of a layer, and places change here. Raises ValueError for a subnetwork that cuts or freezes layers.
+    gradients of skipped layers be None (`zero_grad(set_to_none=True)`).
+    Do not use it under DistributedDataParallel, which waits for the gradients of skipped layers: sum the gradients that
+    exist yourself (engine/parallel.py does), or use FSDP2.
+    Raises ValueError for layers of several kinds (some attend to a window, say): such models pick a layer's mask by its
+    index, and `over` renumbers the layers. Raises ValueError for a subnetwork that cuts or freezes layers.
     """
     if subnetwork is None:
         yield
@@ -249,6 +249,8 @@ def over(layers, subnetwork):
         raise ValueError(
             f"over() needs layers that are all alike; these are of kinds {', '.join(sorted(kinds(layers)))}"
         )
+    # nn.ModuleList keeps its layers in `_modules`, which the model walks through. Replacing that dictionary for a
+    # moment changes what runs, and neither copies a weight nor tells the optimizer.
     everything, kept = dict(layers._modules), [layers[i] for i in subnetwork.layers]
     hooks = [
         layer.register_forward_hook(scale_update(scale), with_kwargs=True)
@@ -290,7 +292,7 @@ def mean_layers(method, steps, samples=20_000):
 
     L divided by this is the paper's relative FLOPs: 12 / 9 = 1.333 for 6-8-10-12.
     """
-    stride = max(1, steps // samples)
+    stride = max(1, steps // samples)  # a million steps need not all be asked
     sampled = range(1 + stride // 2, steps + 1, stride)
     return math.fsum(method.expected_layers(step) for step in sampled) / len(sampled)
 

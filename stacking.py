@@ -29,7 +29,7 @@ from raptr import Staged, Subnetwork, all_layers, stage_plan
 
 def stacking(n, m):
     """Gradual: a copy of the last m - n layers on top. Growing by more than there are repeats the whole stack."""
-    block = min(n, m - n)
+    block = min(n, m - n)  # 6 to 9: the block is layers 3, 4, 5
     return [i if i < n else n - block + (i - n) % block for i in range(m)]
 
 
@@ -45,7 +45,7 @@ def midas(n, m):
         raise ValueError(
             f"--stages: midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}"
         )
-    end = -(-(n // block) // 2) * block
+    end = -(-(n // block) // 2) * block  # where the middle block ends; of an even number, the first of the two
     return [*range(end), *range(end - block, n)]
 
 
@@ -56,6 +56,7 @@ def grow(tensors, sources):
     """Rearrange the tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") by `sources`. Every layer
     gets storage of its own. Names without a block number stay."""
     grown = {name: tensor.clone() for name, tensor in tensors.items() if "blocks." not in name}
+    # "blocks.3.mlp.up.weight" is ("", "3", "mlp.up.weight"), and a moment of it ("exp_avg.", "3", "mlp.up.weight").
     split = [re.split(r"blocks\.(\d+)\.", name) for name in tensors if "blocks." in name]
     in_block = sorted({(before, after) for before, _, after in split})
     for layer, source in enumerate(sources):
@@ -111,6 +112,7 @@ class Stacking(Staged):
     def subnetwork(self, step):
         depth, stage = self.depth(step), self.stage(step)
         before = self.depths[stage - 1] if stage else 0
+        # MSLT: right after a growth only the new layers train; a stage that adds none trains them all.
         if self.only_new and 0 < before < depth:
             return PartlyFrozen(tuple(range(depth)), frozen=before)
         return None

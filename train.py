@@ -50,6 +50,7 @@ def parameter_groups(model, weight_decay):
 
 def make_optimizer(model, args):
     """AdamW. Create all its state up front, so that checkpoints include layers that have not been trained yet."""
+    # fused: one kernel updates all weights. It leaves alone what has no gradient.
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
     for p in model.parameters():
@@ -128,7 +129,7 @@ def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autoca
     halves = [range(count // 2), range(count // 2, count)] if ranks.size == 1 and count > 1 else [range(count)]
     losses, first_half = [], []
     for half in halves:
-        total = 0.0
+        total = 0.0  # of the loss, in float64, so that its sum does not depend on the number of processes
         for i in half:
             torch.manual_seed(dropout_seed + starts[i])  # dropout, too, is a function of (seed, step)
             with autocast:
@@ -199,7 +200,7 @@ def evaluate(model, batch, subnetworks, micro_batch, autocast, ranks):
         width.restore(model, cut)
         losses += rank_losses
     model.train()
-    parallel.reshard(model)
+    parallel.reshard(model)  # FSDP2 keeps weights gathered after a forward pass without a backward pass
     return math.fsum(ranks.add(losses)) / int((batch[2] != data.NO_TARGET).sum())
 
 
@@ -310,6 +311,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             say(f"step {step:>6}  from {depth} to {len(sources)} layers: held-out loss {before:.3f} to {after:.3f}")
 
         # 3. One update of that part. The next batch is made in the meantime, in a thread.
+        # The learning rate knows nothing of stages, except after a growth if --growth_warmup asks for it.
         began, batch = time.perf_counter(), next(batches)
         lr = learning_rate(args, step, method.steps_since_growth(step))
         for group in optimizer.param_groups:
