@@ -281,9 +281,8 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
 
     examples, signals = method.examples(), machine.StopSignals()
     batches = data.prefetch(lambda step: objective.batch(args.seed, step, args.batch), run.step + 1, args.steps)
-    bar = tqdm(
-        total=args.steps, initial=run.step, unit=" steps", disable=None if ranks.first else True, dynamic_ncols=True
-    )
+    hidden = None if ranks.first else True  # None: shown in a terminal only
+    bar = tqdm(total=args.steps, initial=run.step, unit=" steps", disable=hidden, dynamic_ncols=True)
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
     if run.step == args.steps:  # it was killed after its last checkpoint, and has only to say so
         full = held_out_loss(None)
@@ -322,9 +321,8 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         following = method.subnetwork(step + 1) if step < args.steps else None
         exchange = functools.partial(ranks.exchange, step=step + 1, subnetwork=following, stop=signals)
         try:
-            loss, norm, sent = train_step(
-                model, optimizer, batch, subnetwork, args, ranks, autocast, dropout_seed, exchange
-            )
+            how = (args, ranks, autocast, dropout_seed, exchange)
+            loss, norm, sent = train_step(model, optimizer, batch, subnetwork, *how)
         except NotFinite as error:
             raise NotFinite(where(error, step, layers, args, objective, ranks)) from None
         took = time.perf_counter() - began

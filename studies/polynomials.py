@@ -367,7 +367,10 @@ def draw(runs, widths, path):
 
 def best_rates(runs):
     """{arm: its rate with the least unlearned, over all degrees and seeds}."""
-    left = lambda arm, rate: sum(sum(r["points"][-1][1:]) for r in runs if (r["arm"], r["rate"]) == (arm, rate))  # noqa: E731
+
+    def left(arm, rate):
+        return sum(sum(r["points"][-1][1:]) for r in runs if (r["arm"], r["rate"]) == (arm, rate))
+
     return {arm: min(RATES, key=lambda rate: left(arm, rate)) for arm in ARMS}
 
 
