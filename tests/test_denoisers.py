@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import data
-from data import DENOISERS, MODES, NO_TARGET, UL2, Denoising, denoise, extra_tokens, span_mask
+from data import DENOISERS, MODES, NO_TARGET, UL2, Denoising, denoise, extra_tokens, mixture, span_mask
 from engine import options
 from engine.errors import UserError
 from text.corpus import Corpus, rng
@@ -172,3 +172,28 @@ def test_targets_per_row_are_those_of_real_batches(corpus):
 def test_a_bad_mixture(bad, capsys):
     with pytest.raises(UserError, match="--denoisers"):
         data.mixture(bad)
+
+
+@pytest.mark.parametrize("seq, farthest", [(32, 0.045), (128, 0.018), (512, 0.008)])
+def test_the_rate_is_exact_and_positions_as_even_as_said(seq, farthest):
+    """In short rows too. How far tenths of the text may be from the rate is what data.py says."""
+    for name in ("r3", "r8", "x3", "x8", "x64", "x64half", "x32"):
+        denoiser, generator = DENOISERS[name], rng(0, f"even {name}")
+        in_spans, tokens = np.zeros(10), np.zeros(10)
+        for _ in range(10 if seq < 512 else 4):
+            mask, n = span_mask(denoiser, 3000, seq, generator)
+            position = np.arange(mask.shape[1])[None]
+            inside = position < n[:, None]
+            tenth = np.minimum(9, position * 10 // n[:, None])
+            in_spans += np.bincount(tenth[mask & inside], minlength=10)
+            tokens += np.bincount(tenth[inside], minlength=10)
+        assert in_spans.sum() / tokens.sum() == pytest.approx(denoiser.rate, abs=0.0015), name
+        assert abs(in_spans / tokens - denoiser.rate).max() < farthest, name
+
+
+def test_named_mixtures():
+    assert mixture("ul2") == mixture(UL2) and set(mixture("ul2").values()) == {1 / 7}
+    garcia = mixture("garcia")
+    assert garcia == pytest.approx({"causal": 0.6, "s": 0.2, "r3": 0.1, "x32": 0.1})
+    assert (DENOISERS["x32"].span, DENOISERS["x32"].rate) == (32, 0.5)
+    assert (DENOISERS["r3"].span, DENOISERS["r3"].rate) == (3, 0.15)
