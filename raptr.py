@@ -86,7 +86,8 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
     plan = [Stage(1, full_warmup, layers)] * (full_warmup > 0)  # a stage of the full model, if there is a warm-up
     plan += [Stage(start, end, k) for start, end, k in zip(starts, ends, lengths)]
     if any(stage.end < stage.start for stage in plan):
-        raise ValueError(f"--stages {text}: {steps} steps are too few for it (--steps)")
+        settings = f"--steps {steps}, --alpha {alpha:g}, --full_warmup {full_warmup}"
+        raise ValueError(f"--stages {text}: too few steps, a stage would have none ({settings})")
     return plan
 
 
@@ -109,12 +110,16 @@ class Full:
         return self.layers
 
     def stage(self, step):
-        """Number of the stage that `step` belongs to, from 0."""
+        """Number of the stage that `step` belongs to, from 0. A full-model warm-up is a stage."""
         return 0
 
     def depth(self, step):
-        """How many layers the network has. When this changes, the loop grows the network (stacking.py)."""
+        """How many layers the network has. When this changes, the loop grows the network: it asks `sources`."""
         return self.layers
+
+    def sources(self, n, m):
+        """For a growth from n to m layers, the old layer that each new layer is a copy of (stacking.py)."""
+        raise NotImplementedError
 
     def steps_since_growth(self, step):
         """Steps since the network last grew: 1 at the first step of the grown network."""
@@ -185,8 +190,10 @@ def path_scale(kept, k, layers, pinned, scaling):
         return tuple(math.sqrt(b - a) for a, b in zip((-1, *kept), kept))
     if scaling == "uniform":
         return tuple(math.sqrt(layers / len(kept)) for _ in kept)
-    p = keep_probability(k, layers, pinned)
-    return tuple(1.0 if layer in pinned else 1 / p for layer in kept)
+    if scaling == "inverse":
+        p = keep_probability(k, layers, pinned)
+        return tuple(1.0 if layer in pinned else 1 / p for layer in kept)
+    raise ValueError(f"--scaling {scaling}: must be none, gap, uniform or inverse")
 
 
 class RaPTr(Staged):
@@ -204,7 +211,8 @@ class RaPTr(Staged):
             raise ValueError(f"--fixed {sorted(pinned)}: layers are numbered 0 .. {layers - 1} (--layers)")
         shortest = min(stage.length for stage in plan)
         if shortest < len(pinned):
-            raise ValueError(f"a stage of {shortest:g} layers is shorter than the {len(pinned)} always kept (--fixed)")
+            shorter = f"a stage of {shortest:g} layers is shorter than the {len(pinned)} always kept"
+            raise ValueError(f"{shorter} (--stages or --mean_depth, --fixed)")
 
     def subnetwork(self, step):
         # Once per step, for all sequences of the batch: a layer that is skipped for all of them costs nothing. The

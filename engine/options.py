@@ -123,7 +123,7 @@ def method_flags(add):
         "stages",
         str,
         "auto",
-        "layers per stage; auto, for 12 layers: 6-8-10-12 (raptr), 6-9-12 (stacking, midas, mslt), 3-6-12",
+        "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12",
     )
     add.flag("alpha", exponent, 0.0, "length of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
     add.flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")

@@ -1,7 +1,8 @@
 """--method NAME: the object that says, step by step, which part of the network trains. No torch, so that --help is
 fast.
 
-To add a method, write a class built on raptr.Full, whose docstrings say what to answer, and add one line to METHODS.
+To add a method, write a class built on raptr.Full, whose docstrings say what to answer, a function here that makes it
+from the flags, and its line in METHODS.
 """
 
 from raptr import Full, RaPTr, Stage, stage_plan
@@ -48,11 +49,11 @@ def jump(args):
     first = 3 if args.stages == "auto" else int(stages(args)[0])
     at = round(T * ((L - K) / max(1, L - first) if K else 1 / 3))
     if first >= L or not 1 <= at < T:
-        raise ValueError(f"--stages: no jump from {first} to {L} layers has this cost (--mean_depth)")
+        raise ValueError(f"--method jump: cannot jump from {first} (--stages, one number) to {L} layers (--mean_depth)")
     return Stacking(SOURCES["jump"], [Stage(1, at, first), Stage(at + 1, T, L)], L)
 
 
-# The flags a method reads; every other one of these earns a warning.
+# Flags that have an effect with a method, in its object or in train.py. Every other one of these earns a warning.
 STAGED, DRAWN, GROWN = (
     {"stages", "alpha", "full_warmup"},
     {"fixed", "sampling", "scaling", "part"},

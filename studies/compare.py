@@ -426,7 +426,10 @@ def main(argv=None):
     args, more = parser().parse_known_args(argv)
     if args.rebuild:
         return write_results(args.rebuild, args.time)
+    derived = ("--stages", "--alpha", "--mean_depth")
     for flag in more:
+        if flag.split("=")[0] in derived:
+            raise UserError(f"{flag}: follows from --budget; it cannot be given")
         if flag.split("=")[0] in ("--seed", "--method", "--out"):
             raise UserError(f"{flag}: use --seeds, --methods or --name")
     common = [f"--config={args.config}", *more]

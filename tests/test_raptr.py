@@ -189,16 +189,17 @@ def test_demo():
 def test_the_readmes_own_method_in_twenty_lines(tiny, monkeypatch):
     """Its lines as they stand there: the method, and what makes it a choice of --method; trained, logged, resumed."""
     section = (ROOT / "README.md").read_text().split("## Add your own method")[1]
-    method, choice = (block.split("```")[0] for block in section.split("```python\n")[1:3])
-    assert len([line for line in (method + choice).splitlines() if line]) <= 20
+    method, function, line = (block.split("```")[0] for block in section.split("```python\n")[1:4])
+    assert len([text for text in (method + function + line).splitlines() if text]) <= 20
     exec(method, vars(module := types.ModuleType("methods.window")))
     monkeypatch.setitem(sys.modules, "methods.window", module)
-    window = module.Window(stage_plan([6, 9, 12], 300, 12), 12)
+    window = module.Window(stage_plan([6, 9, 12], 300, 12), 12, 0)
     for step in (1, 50, 100, 101, 200):
         kept = window.subnetwork(step).layers
         assert len(kept) == (6 if step <= 100 else 9) and kept == tuple(window_of(kept)) and kept[-1] < 12
     assert window.subnetwork(201) is None and mean_layers(window, 300) == 9
-    function, _, line = choice.rstrip().rpartition("\n")
+    other = module.Window(window.plan, 12, 1)
+    assert any(window.subnetwork(step) != other.subnetwork(step) for step in range(1, 20))
     exec(function, names := {**vars(methods)})
     for name, value in eval("{" + line + "}", names).items():
         monkeypatch.setitem(methods.METHODS, name, value)

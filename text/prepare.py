@@ -102,7 +102,8 @@ def train_tokenizer(pieces, vocab):
             pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]", eos_piece="[SEP]", minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        most = re.search(r"<= (\d+)", str(error))
+        reason = f"at most {most[1]}; lower it, or give more text" if most else str(error).strip().splitlines()[-1]
         raise UserError(f"no tokenizer of {vocab} ids (--vocab) can be made of this text: {reason}") from None
     return model.getvalue()
 
