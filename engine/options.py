@@ -8,7 +8,9 @@ import argparse
 import difflib
 import math
 import os
+import shutil
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -60,9 +62,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(name, about):
-    """A Parser for `python -m NAME`. about: the docstring of its module, shown as it is."""
+    """A Parser for `python -m NAME`. about: the docstring of its module, shown without its sources."""
+    width = shutil.get_terminal_size().columns - 2
+    kept = [text for text in about.strip().split("\n\n") if not text.startswith(("Source", "Legend"))]
+    wrapped = [text if text.startswith(" ") else textwrap.fill(" ".join(text.split()), width) for text in kept]
     raw = argparse.RawDescriptionHelpFormatter
-    return Parser(prog=f"python -m {name}", allow_abbrev=False, description=about, formatter_class=raw)
+    prog = name if name.endswith(".py") else f"python -m {name}"
+    return Parser(prog=prog, allow_abbrev=False, description="\n\n".join(wrapped), formatter_class=raw)
 
 
 def nearest(name, known, prefix=""):
@@ -123,7 +129,7 @@ def method_flags(add):
         "stages",
         str,
         "auto",
-        "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12",
+        "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12 (progressive)",
     )
     add.flag("alpha", exponent, 0.0, "length of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
     add.flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")

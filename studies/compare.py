@@ -12,11 +12,11 @@ are evaluated on the same held-out tokens, so differences between arms are paire
     full         all layers, all steps                  shallow        fewer layers from start to end, all steps
     full_flops   all layers, fewer steps, own decay     shallow_flops  those layers, more steps: the FLOPs of full
     ramp         costs what full costs                  raptr_width    raptr, --part width; raptr_both: --part both
-    fusion       two networks of half the width, each trained as long as their fusion afterwards
-                 (methods/deep_fusion.py) all others: a name of --method, at the budget
+    fusion       two networks of half the width, each trained as long as their fusion (methods/deep_fusion.py)
+    all others   a name of --method, at the budget
 
 A second start skips what is finished and continues the rest. Runs are in out/compare/NAME/, results in results/NAME/.
-Not here: the training (train.py), what the numbers say (stats.py).
+Not here: the training (train.py), what the numbers say (studies/stats.py).
 """
 
 import argparse
