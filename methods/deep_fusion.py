@@ -1,6 +1,7 @@
 """Deep Fusion: two trained networks become one, as wide as both together. It grows in width, stacking in depth.
 
-    python -m methods.deep_fusion out/A out/B --out out/C           then: python train.py --config out/C/preset.toml --out out/C-trained
+    python -m methods.deep_fusion out/A out/B --out out/C
+    python train.py --config out/C/preset.toml --out out/C-trained            train it
     python -m methods.deep_fusion out/A out/A --out out/C --noise 0.01           fuse a network with itself
     python -m methods.deep_fusion out/A out/B --out out/C --measure              compare it with its parents, on text
 
