@@ -125,12 +125,8 @@ def run_flags(add):
 def method_flags(add):
     exponent = number(float, "a number from -20 to 20", lambda x: abs(x) <= 20)
     add.flag("method", str, "raptr", "training method", choices=[*methods.METHODS])
-    add.flag(
-        "stages",
-        str,
-        "auto",
-        "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12 (progressive)",
-    )
+    text = "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12"
+    add.flag("stages", str, "auto", f"{text} (progressive)")
     add.flag("alpha", exponent, 0.0, "length of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
     add.flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
     add.flag(
