@@ -180,7 +180,7 @@ def model_flags(add):
 def optimizer_flags(add):
     decay = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
     add.flag("batch", count, 256, "sequences per step, over all processes")
-    add.flag("micro_batch", natural, 0, "sequences per forward pass of a process; 0: its share of the batch")
+    add.flag("micro_batch", natural, 0, "sequences per forward pass of a process, at most; 0: its share of the batch")
     add.flag("lr", positive, 1e-4, "peak learning rate")
     add.flag("lr_schedule", str, "linear", "learning rate decay after warm-up", choices=["linear", "cosine", "wsd"])
     add.flag("warmup", nonnegative, 0.01, "steps of linear warm-up; below 1: a share of --steps")
@@ -309,7 +309,8 @@ def parse(argv):
     args.out = args.out or f"out/{path.stem}-{args.method}-{args.seed}"
     args.mlp = args.mlp or 4 * args.width
     world = args.gpus if args.dry_run else int(os.environ.get("WORLD_SIZE", 1))
-    args.micro_batch = args.micro_batch or max(1, args.batch // world)
+    share_of_process = max(1, args.batch // world)
+    args.micro_batch = min(args.micro_batch or share_of_process, share_of_process)
     try:
         mirror.check(args.log_to)
         check(args, world)
