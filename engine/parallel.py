@@ -11,6 +11,7 @@ Not here: the loop (train.py).
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  Before the process group is made: see `Ranks.close`.
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine import machine
@@ -46,6 +48,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0  # only the first rank writes
         self.device, self.step, self.waits, self.announced = torch.device(device), 0, 0, None
+        self.mesh = None
         if self.size == 1:
             return
         backend = "gloo"
@@ -201,20 +204,26 @@ class Ranks:
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+        self.mesh = self.mesh or dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
         gathered = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         fits = self.device.type == "cuda" and gathered < torch.cuda.get_device_properties(self.device).total_memory / 10
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if dtype != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in [*model.blocks, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False if fits else None)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False if fits else None)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
     def close(self):
+        """Leave the process group, and end its threads: one that still holds a tensor when Python ends aborts the
+        process. They end with the last reference to the group. So torch.distributed.nn, which AdamW loads and whose
+        default arguments refer to the group, is loaded before it is made; the mesh, which caches refer to, forgets it;
+        and a sharded model, which refers to it in circles, is collected."""
         if self.size > 1:
+            getattr(self.mesh, "_pg_registry", {}).clear()
             dist.destroy_process_group()
+            gc.collect()
 
 
 def run(main, args):
@@ -225,6 +234,7 @@ def run(main, args):
         ranks = Ranks(machine.choose(args.device, args.dtype)[0], args.timeout)
         main(ranks)
     except Left as left:
+        ranks.close()
         return left.code
     except Exit as error:
         code, reason = error.code, str(error)
