@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 
 import train  # noqa: E402
-from engine import ROOT, options  # noqa: E402, F401
+from engine import options  # noqa: E402
 from text import prepare  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from engine import ROOT
 from engine.errors import guard
 from processes import script
 from raptr import Subnetwork, all_layers

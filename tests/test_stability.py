@@ -4,7 +4,7 @@ import statistics
 import pytest
 import torch
 
-from conftest import ROOT
+from engine import ROOT
 from processes import script
 from raptr import Subnetwork, all_layers
 from studies import stability, stats
