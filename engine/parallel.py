@@ -255,7 +255,7 @@ def run(main, args):
 
 def is_lost(error):
     """Whether an error comes from the process group: another process was lost, or did not answer in time."""
-    signs = ("gloo", "connection", "timed out", "timeout", "socket", "store", "nccl", "peer")
+    signs = ("gloo/transport", "closed by peer", "reset by peer", "timed out waiting", "socket timeout")  # of gloo
     return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
 
 

@@ -152,6 +152,8 @@ def read_config(folder):
     """The flags of a run. Flags of older versions that had their default are left out; others raise UserError."""
     try:
         config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError
     except ValueError:
         raise UserError(f"{folder / 'config.json'}: not readable; choose another --out") from None
     if config.get("method") == "decreasing" and "drop_gate" in config:

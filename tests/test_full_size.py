@@ -96,3 +96,11 @@ def test_one_graph_for_all_paths(arch):
         arguments = (tokens, Subnetwork(kept)) if arch == "bert" else (tokens, prefix, Subnetwork(kept))
         (model.encode if arch == "bert" else model.states)(*arguments).sum().backward()
     assert len(graphs) == 1
+
+
+def test_what_counts_as_a_lost_process():
+    """A bug whose message only sounds like the network keeps its traceback."""
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
+    assert parallel.is_lost(RuntimeError(lost)) and parallel.is_lost(torch.distributed.DistNetworkError("refused"))
+    for bug in ("the state could not be restored", "experts are not all of one shape", "no connection between a and b"):
+        assert not parallel.is_lost(RuntimeError(bug))
