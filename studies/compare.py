@@ -396,29 +396,31 @@ def parser():
     return parser
 
 
-def compare(args, name, flags, base, common, devices, made):
+def prepare(common, jobs):
+    """What `tune` and `compare` need of this machine: the common flags, with a share of its threads, and (fingerprint
+    of the corpus, GPUs, runs at a time). Prepares the corpus now, before several runs want it."""
+    base = options.parse([*common, "--method=full"])
+    devices = gpus() if base.device in ("auto", "cuda") else []
+    if jobs > 1 and not devices:
+        common = [common[0], f"--threads={max(1, os.cpu_count() // jobs)}", *common[1:]]
+    return common, (open_corpus(base.data, base.vocab).fingerprint, devices, jobs or max(1, len(devices)))
+
+
+def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=False):
     """Run the arms {arm: flags} with every seed, and write results/NAME/. made: title, command and commit."""
     out, results = Path("out/compare", name), Path("results", name)
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     if not (out / "made.json").exists():  # a second start keeps the commit of the first, which made the finished runs
         write(out / "made.json", json.dumps(made))
-    text = open_corpus(base.data, base.vocab).fingerprint  # prepares it now, before several runs want it
-    machine, tuning = (text, devices, args.jobs or max(1, len(devices))), {}
-    if len(args.lr) == 1:
-        flags = {arm: [*flags[arm], f"--lr={args.lr[0]:g}"] for arm in flags}
-    elif args.lr:
-        seeds = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
-        flags, tuning = tune(flags, args.lr, seeds, common, out, *machine)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
     jobs = {(arm, seed): out / f"{arm}-{seed}" for seed in seeds for arm in flags}
     run_all([(folder, [*common, *flags[arm], f"--seed={seed}"]) for (arm, seed), folder in jobs.items()], *machine)
     runs = [summary(folder, arm, seed) for (arm, seed), folder in jobs.items()]
     write(results / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
-    about = {"made": json.loads((out / "made.json").read_text()), "tuning": tuning}
+    about = {"made": json.loads((out / "made.json").read_text()), "tuning": tuning or {}}
     about["schedules"] = {arm: as_text(flags[arm]) for arm in flags}
     write(results / "table.json", json.dumps(about))
-    write_results(results, args.time)
+    write_results(results, with_time)
 
 
 def main(argv=None):
@@ -434,17 +436,22 @@ def main(argv=None):
             raise UserError(f"{flag}: use --seeds, --methods or --name")
     common = [f"--config={args.config}", *more]
     base = options.parse([*common, "--method=full"])
-    devices = gpus() if base.device in ("auto", "cuda") else []
-    if args.jobs > 1 and not devices:
-        common.insert(1, f"--threads={max(1, os.cpu_count() // args.jobs)}")
     command = shlex.join(["python", "-m", "studies.compare", *argv])
     for budget in args.budget:
-        flags = plan(args.methods, base, budget)
-        if flags and not args.plan:
-            name = args.name if len(args.budget) == 1 else f"{args.name}-{budget:g}"
-            size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
-            made = {"title": f"{name}: {size}, at {budget:g}x", "command": command, "commit": stats.commit()}
-            compare(args, name, flags, base, common, devices, made)
+        flags, tuning = plan(args.methods, base, budget), {}
+        if not flags or args.plan:
+            continue
+        name = args.name if len(args.budget) == 1 else f"{args.name}-{budget:g}"
+        threaded, machine = prepare(common, args.jobs)
+        if len(args.lr) == 1:
+            flags = {arm: [*flags[arm], f"--lr={args.lr[0]:g}"] for arm in flags}
+        elif args.lr:
+            tried = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
+            flags, tuning = tune(flags, args.lr, tried, threaded, Path("out/compare", name), *machine)
+        size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
+        made = {"title": f"{name}: {size}, at {budget:g}x", "command": command, "commit": stats.commit()}
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        compare(name, flags, seeds, threaded, machine, made, tuning, args.time)
 
 
 if __name__ == "__main__":

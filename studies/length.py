@@ -1,0 +1,179 @@
+"""Does it pay, and does that change with the length of training? One comparison at several lengths, and one figure.
+
+    python -m studies.length --data corpus/books --jobs 2                 learning rates, then every length
+    python -m studies.length --data corpus/books --lengths 1200,3600      only these
+    python -m studies.length --rebuild                                    table and figure from the logs in results/
+
+A decoder of 12 x 128 on UL2's denoisers (configs/ul2_toy.toml), one pass over a text, at 1.333x. full, raptr and stacking
+each get the better of two learning rates, tried at the middle length on a seed and on held-out text that are not reported;
+every other arm takes the rate of its kind. Each length is one comparison of studies/compare.py, in results/length-STEPS/;
+what they say together is in results/length/. The rules of its verdicts were in results/LOG.md before the first run.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from engine import options
+from engine.errors import UserError, guard
+from engine.log import subplots, write
+from studies import compare, stats
+
+KINDS = {  # whose learning rate an arm takes
+    "full": ("full", "full_flops", "fusion"),
+    "raptr": ("raptr", "constant", "pld"),
+    "stacking": ("stacking", "midas"),
+}
+CENTRAL = ["full", "full_flops", "raptr", "constant", "stacking"]  # at every length
+LENGTHS = {1200: [*CENTRAL, "pld", "midas", "fusion"], 3600: [*CENTRAL, "pld", "midas", "fusion"], 7200: CENTRAL}
+RATES, TRIED_AT = (2e-3, 4e-3), 3600
+SETTING = ["--config=configs/ul2_toy.toml", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
+LEVEL = 0.02  # nats: intervals within this much of 0 are called level
+ROOT = Path("results")
+
+
+def flags_at(steps, more):
+    return [*SETTING, f"--steps={steps}", f"--eval_every={steps // 4}", *more]
+
+
+def planned(arms, common):
+    return compare.plan(arms, options.parse([*common, "--method=full"]), 4 / 3)
+
+
+def choose_rates(args, more):
+    """{kind: its learning rate}, from results/length/rates.json or tried now."""
+    file = ROOT / "length" / "rates.json"
+    if not file.exists():
+        common, machine = compare.prepare(flags_at(TRIED_AT, more), args.jobs)
+        flags, out = planned(list(KINDS), common), Path("out/compare/length-rates")
+        _, trials = compare.tune(flags, RATES, [compare.TUNING_SEED], common, out, *machine)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(trials, indent=1))
+    trials = json.loads(file.read_text())
+    lowest = lambda losses: min((rate for rate in losses if losses[rate] != "did not end"), key=losses.get)  # noqa: E731
+    return {kind: float(lowest(losses)) for kind, losses in trials.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What the lengths say together
+
+
+def differences(runs, arm, other):
+    """Loss of arm minus loss of other, one number a seed."""
+    return stats.paired(runs, arm, other, lambda a, b: stats.loss(a) - stats.loss(b))
+
+
+def change(lengths, arm, other):
+    """How much the difference of two arms changes from the shortest length to the longest, one number a seed."""
+    first, last = (differences(lengths[steps], arm, other) for steps in (min(lengths), max(lengths)))
+    return [b - a for a, b in zip(first, last)]
+
+
+def verdict(values, yes, no):
+    """yes, no or undecided, by two tests of the ends (low, high) of an interval."""
+    mean, half = stats.interval(values)
+    low, high = mean - (half or 0), mean + (half or 0)
+    if half is None:
+        return "undecided"
+    return "yes" if yes(low, high) else "no" if no(low, high) else "undecided"
+
+
+def falls(low, high):
+    return high < 0
+
+
+def stays(low, high):
+    return low > 0 or -LEVEL < low and high < LEVEL
+
+
+def verdicts(lengths):
+    """[(question, what was measured, verdict)], by the rules of results/LOG.md."""
+    longest = max(lengths)
+    gap, lead = change(lengths, "raptr", "full"), change(lengths, "raptr", "stacking")
+    constant = differences(lengths[longest], "raptr", "constant")
+    return [
+        ("RaPTr's gap to full training closes with length", gap, verdict(gap, falls, stays)),
+        ("stacking's lead over RaPTr goes with length", lead, verdict(lead, falls, stays)),
+        (f"RaPTr is at least level with constant-p at {longest} steps", constant,
+         verdict(constant, lambda low, high: high < LEVEL, lambda low, high: low > 0)),
+    ]  # fmt: skip
+
+
+def write_page(lengths):
+    """results/length/table.md and length.png, from {steps: runs}."""
+    tokens = {steps: steps * flags["batch"] * flags["seq"] / 1e6
+              for steps, flags in ((n, stats.event(runs[0], "run")["flags"]) for n, runs in lengths.items())}  # fmt: skip
+    arms = list(dict.fromkeys(run["arm"] for runs in lengths.values() for run in runs if run["arm"] != "full"))
+    of_full = {n: [stats.loss(run) for run in runs if run["arm"] == "full"] for n, runs in lengths.items()}
+    rows = [["full, held-out loss", *map(stats.spread, of_full.values())]]
+    points = {}
+    for arm in arms:
+        points[arm] = {n: stats.interval(d) for n in lengths if (d := differences(lengths[n], arm, "full"))}
+        rows.append([f"{arm} minus full", *(stats.signed(points[arm].get(n)) for n in lengths)])
+    head = ["", *(f"{tokens[n]:.1f}M tokens" for n in lengths)]
+    lines = ["# Length", "", "Made again by `python -m studies.length --rebuild`, from the logs of results/length-*/."]
+    lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
+    answers = [[question, stats.signed(stats.interval(values)), word] for question, values, word in verdicts(lengths)]
+    lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
+    write(ROOT / "length" / "table.md", "\n".join(lines) + "\n")
+    draw(tokens, points, ROOT / "length" / "length.png")
+    print("\n".join(lines))
+
+
+def draw(tokens, points, path):
+    """Difference to full training against tokens, a line and a band per arm."""
+    figure, axes = subplots(8, 4.5)
+    axes.axhline(0, color="black", lw=1)
+    for arm, of_arm in points.items():
+        x, means = [tokens[n] for n in of_arm], [mean for mean, _ in of_arm.values()]
+        halves = [half or 0 for _, half in of_arm.values()]
+        color = "tab:red" if arm == "raptr" else None
+        line = axes.plot(x, means, "o-", ms=4, lw=2 if arm == "raptr" else 1.2, color=color, label=arm)[0]
+        low, high = ([m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
+    axes.set(xscale="log", xlabel="million tokens", ylabel="held-out loss minus full training's (nats)")
+    axes.set_xticks(list(tokens.values()), [f"{value:.1f}" for value in tokens.values()])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def parser():
+    parser = options.command("studies.length", __doc__)
+    whole = lambda text: [options.count(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--lengths", type=whole, default=list(LENGTHS), help="steps of 1024 tokens")
+    parser.add_argument("--methods", type=compare.arms, help="only these arms")
+    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
+    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time")
+    parser.add_argument("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
+    return parser
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args, more = parser().parse_known_args(argv)
+    if unknown := set(args.lengths) - set(LENGTHS):
+        raise UserError(f"--lengths {min(unknown)}: of {', '.join(map(str, LENGTHS))}")
+    if not args.rebuild:
+        rates = choose_rates(args, more)
+        rates = {arm: rates[kind] for kind, arms in KINDS.items() for arm in arms}
+        for steps in args.lengths:
+            arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]
+            common, machine = compare.prepare(flags_at(steps, more), args.jobs)
+            flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
+            made = {"title": f"length-{steps}: 12 x 128, {steps} steps of 16 x 64, at 1.333x", "commit": stats.commit()}
+            made["command"] = shlex.join(["python", "-m", "studies.length", *argv])
+            compare.compare(f"length-{steps}", flags, range(args.seeds), common, machine, made)
+    folders = {steps: ROOT / f"length-{steps}" for steps in LENGTHS}
+    lengths = {steps: stats.read_runs(folder) for steps, folder in folders.items() if (folder / "runs.jsonl").exists()}
+    if not lengths:
+        raise UserError("results/: no length-STEPS in it")
+    write_page(lengths)
+
+
+if __name__ == "__main__":
+    guard("studies.length", main)
