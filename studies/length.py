@@ -4,10 +4,11 @@
     python -m studies.length --data corpus/books --lengths 1200,3600      only these
     python -m studies.length --rebuild                                    table and figure from the logs in results/
 
-A decoder of 12 x 128 on UL2's denoisers (configs/ul2_toy.toml), one pass over a text, at 1.333x. full, raptr and stacking
-each get the better of two learning rates, tried at the middle length on a seed and on held-out text that are not reported;
-every other arm takes the rate of its kind. Each length is one comparison of studies/compare.py, in results/length-STEPS/;
-what they say together is in results/length/. The rules of its verdicts were in results/LOG.md before the first run.
+A decoder of 12 x 128 on UL2's denoisers (configs/ul2_toy.toml), one pass over a text, at 1.333x. full, raptr and
+stacking each get the better of two learning rates, tried at the middle length on a seed and on held-out text that are
+not reported; every other arm takes the rate of its kind. Each length is one comparison of studies/compare.py, in
+results/length-STEPS/; what they say together is in results/length/. The rules of its verdicts were in results/LOG.md
+before the first run.
 """
 
 import json
@@ -102,8 +103,8 @@ def verdicts(lengths):
 
 def write_page(lengths):
     """results/length/table.md and length.png, from {steps: runs}."""
-    tokens = {steps: steps * flags["batch"] * flags["seq"] / 1e6
-              for steps, flags in ((n, stats.event(runs[0], "run")["flags"]) for n, runs in lengths.items())}  # fmt: skip
+    flags = {steps: stats.event(runs[0], "run")["flags"] for steps, runs in lengths.items()}
+    tokens = {steps: steps * its["batch"] * its["seq"] / 1e6 for steps, its in flags.items()}
     arms = list(dict.fromkeys(run["arm"] for runs in lengths.values() for run in runs if run["arm"] != "full"))
     of_full = {n: [stats.loss(run) for run in runs if run["arm"] == "full"] for n, runs in lengths.items()}
     rows = [["full, held-out loss", *map(stats.spread, of_full.values())]]
