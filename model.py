@@ -236,15 +236,20 @@ class Stack(nn.Module):
         self.add_head()
         self.untied = None if config.tied else nn.Linear(C, V, bias=False)
         self.bias = nn.Parameter(torch.zeros(V))
-        padding = torch.zeros(V).masked_fill(torch.arange(V) >= config.vocab, -torch.inf)
-        self.register_buffer("padding", padding, persistent=False)  # ids of the padding are never predicted
-        if config.positions == "rotary":
-            cos, sin = rotary(config.seq, C // config.heads)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+        self.make_buffers()
         self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))  # drawn last
         generator = torch.Generator().manual_seed(seed)
         self.apply(lambda module: self.init(module, generator))
+
+    def make_buffers(self):
+        """What follows from the config, and is neither trained nor saved."""
+        config, V = self.config, self.config.padded_vocab
+        padding = torch.zeros(V).masked_fill(torch.arange(V) >= config.vocab, -torch.inf)
+        self.register_buffer("padding", padding, persistent=False)  # ids of the padding are never predicted
+        if config.positions == "rotary":
+            cos, sin = rotary(config.seq, config.width // config.heads)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
 
     def add_head(self):
         pass

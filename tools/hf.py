@@ -1,11 +1,12 @@
-"""Exchange a BERT with Hugging Face `transformers`: import theirs as a run folder, export ours for them.
+"""Exchange models with Hugging Face `transformers`: import their BERT as a run folder, export every model of ours.
 
     python -m tools.hf import FOLDER --out RUN       config.json, model.safetensors and vocab.txt become a run folder
-    python -m tools.hf export RUN --out FOLDER       for transformers.AutoModelForMaskedLM.from_pretrained(FOLDER)
+    python -m tools.hf export RUN --out FOLDER       for from_pretrained, pipeline and generate, with its tokenizer
 
-Only what `transformers` calls BERT can be exchanged: post-LN, learned positions and layer norms, which is train.py with
---norm post --positions learned. Importing needs the `tokenizers` package (text/wordpiece.py); neither direction needs
-`transformers`. Not here: training somebody else's model over paths (raptr.over).
+What `transformers` calls BERT is post-LN with learned positions and layer norms (train.py --norm post --positions
+learned): it is imported and exported as such. Other models are exported with their own code (tools/hf_export.py).
+`pip install transformers` first; importing needs only its part `tokenizers`. Not here: training somebody else's model
+over paths (raptr.over).
 """
 
 import json
@@ -21,6 +22,7 @@ from engine import checkpoint, options
 from engine.errors import UserError, guard
 from engine.runs import load_run
 from text.wordpiece import WordPiece
+from tools import hf_export
 
 # ----------------------------------------------------------------------------------------------------------------
 # Weights
@@ -162,8 +164,9 @@ def main():
         to_run(args.folder, Path(args.out))
         print(f"{args.out}: imported; next: python eval_superglue.py --finetune {args.out} --data SuperGLUE/")
     else:
-        save(load_run(args.folder)[0], args.out)
-        print(f"{args.out}: exported; next: transformers.AutoModelForMaskedLM.from_pretrained({args.out!r})")
+        own_class = hf_export.export(load_run(args.folder), args.folder, args.out, save)
+        how = "" if own_class else ", with trust_remote_code=True"
+        print(f"{args.out}: exported; its README.md says how to load it{how}")
 
 
 if __name__ == "__main__":
