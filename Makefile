@@ -14,9 +14,19 @@ test: .venv/ready
 bench: .venv/ready
 	$(RUN) -m tools.bench
 
+# On Linux the usual torch brings CUDA along. Without a GPU, PyTorch's CPU build is enough, if it can be had.
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
+CPU_ONLY = --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 10
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@if [ `uname` = Linux ] && command -v nvidia-smi > /dev/null; \
+	then echo "Installing into .venv: torch with CUDA, 3 GB, and 100 MB of other packages"; \
+	else echo "Installing into .venv: torch without CUDA, 200 MB, and 100 MB of other packages"; \
+		[ `uname` != Linux ] || $(PIP) $(CPU_ONLY) `grep ^torch== requirements.txt` \
+		|| echo "The CPU build cannot be had; the usual torch brings CUDA, 3 GB"; \
+	fi
+	$(PIP) -r requirements.txt
 	touch $@
 
 clean:
