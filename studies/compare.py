@@ -15,7 +15,7 @@ are evaluated on the same held-out tokens, so differences between arms are paire
     fusion       two networks of half the width, each trained as long as their fusion (methods/deep_fusion.py)
     all others   a name of --method, at the budget
 
-A second start skips what is finished and continues the rest. Runs are in out/compare/NAME/, results in results/NAME/.
+A second start skips what is finished, in out/compare/NAME/ or in results/NAME/, and continues the rest.
 Not here: the training (train.py), what the numbers say (studies/stats.py).
 """
 
@@ -35,11 +35,10 @@ import methods
 import model as transformer
 from engine import ROOT, options
 from engine.errors import UserError, guard
-from engine.log import has_ended, read_log, subplots, write
+from engine.log import has_ended, read_log, write
 from engine.runs import must_match, read_config
 from methods import deep_fusion
-from raptr import all_layers
-from studies import stats
+from studies import figures, stats
 from text.corpus import open_corpus
 
 PARTS = {"raptr_width": "width", "raptr_both": "both"}
@@ -219,10 +218,29 @@ def finished(folder, flags, text):
     if not (folder / "log.jsonl").exists():
         return False
     now = {**vars(options.parse([*flags, f"--out={folder}"])), "data_fingerprint": text}
-    for name in must_match(read_config(folder), now):
-        what = "text" if name == "data_fingerprint" else f"--{name}"
-        raise UserError(f"{folder} was trained with another {what}; choose another --name")
+    refuse(folder, must_match(read_config(folder), now))
     return has_ended(read_log(folder))
+
+
+def in_results(results, wanted, text):
+    """What a results folder has already: ({(arm, seed): run}, {arm: its schedule}). Raises UserError if one of the
+    `wanted` runs, {(arm, seed): flags}, is there with other flags, or another text."""
+    if not (results / "runs.jsonl").exists():
+        return {}, {}
+    known = {(run["arm"], run["seed"]): run for run in stats.read_runs(results)}
+    for job in known.keys() & wanted.keys():
+        begun = stats.event(known[job], "run")
+        now = vars(options.parse([flag for flag in wanted[job] if flag != PARENTS]))
+        then = {**begun["flags"], "data_fingerprint": begun["data"]["fingerprint"]}
+        refuse(f"{results}: {job[0]}-{job[1]}", must_match(then, {**now, "data_fingerprint": text}))
+    return known, json.loads((results / "table.json").read_text())["schedules"]
+
+
+def refuse(run, different):
+    """Raise UserError if flags of a run are different."""
+    for name in different:
+        what = "text" if name == "data_fingerprint" else f"--{name}"
+        raise UserError(f"{run} was trained with another {what}; choose another --name")
 
 
 def final_loss(folder):
@@ -288,72 +306,12 @@ def write_results(folder, with_time=False):
     about |= {"rows": stats.rows(runs, about["schedules"]), "jumps": stats.jumps(runs)}
     write(file, json.dumps(about, indent=1))
     write(folder / "table.md", stats.markdown(about, stats.event(runs[0], "run")))
-    draw_strips(runs, folder / "strips.png")
+    figures.strips(runs, folder / "strips.png")
     if all("speed_up" in row for row in about["rows"]):
-        draw_points(about["rows"], "relative_flops_step", "FLOPs of the run", folder / "flops.png")
+        figures.points(about["rows"], "relative_flops_step", "FLOPs of the run", folder / "flops.png")
         if with_time:
-            draw_points(about["rows"], "speed_up", "time of the run", folder / "time.png")
+            figures.points(about["rows"], "speed_up", "time of the run", folder / "time.png")
     print((folder / "table.md").read_text())
-
-
-def draw_points(rows, key, label, path):
-    """Loss against a cost, one point with its spread per arm."""
-    figure, axes = subplots(8, 5)
-    for row in rows:
-        baseline = row["arm"].startswith(("full", "shallow"))
-        color = "black" if baseline else "tab:red" if row["arm"] == "raptr" else "tab:blue"
-        style = {"fmt": "s" if baseline else "o", "ms": 5, "lw": 1, "capsize": 2, "color": color}
-        axes.errorbar(1 / row[key], row["loss"], row["std"] or 0, **style)
-    label_points(axes, [(1 / row[key], row["loss"], row["arm"]) for row in rows])
-    axes.set(xlabel=f"{label}, as a share of full training's", ylabel="held-out loss (nats), mean ± std over seeds")
-    figure.savefig(path, dpi=110)
-
-
-def label_points(axes, points):
-    """Write names beside points [(x, y, name), ...], moved up where they would cover each other."""
-    axes.margins(x=0.18, y=0.08)
-    low, high = axes.get_ylim()
-    line_height, last = (high - low) / 26, {}  # last: height of the last name in each column of the figure
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        column = round(x * 8)
-        last[column] = max(y, last.get(column, -math.inf) + line_height)
-        line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6"}
-        axes.annotate(name, (x, y), (x + 0.02, last[column]), fontsize=8, va="center", arrowprops=line)
-
-
-def strip(flags, columns=160):
-    """Which layers run when: one row per layer, one column per sampled step. 1 is a layer that trains. Less is one that
-    trains a part of its width, runs at a smaller scale (ramp), or (0.4) runs without being trained."""
-    method, cells = methods.choose(options.complete(flags)), []
-    for step in sorted({1 + i * flags["steps"] // columns for i in range(columns)}):
-        path = method.subnetwork(step) or all_layers(method.depth(step))
-        share = path.width.share if path.width else 1.0
-        shades = path.scale if flags["method"] == "ramp" and path.scale else [share] * len(path.layers)
-        column = [0.0] * flags["layers"]
-        for i, layer in enumerate(path.layers):
-            column[layer] = 0.4 if i < path.frozen else shades[i]
-        cells.append(column)
-    return list(zip(*cells))
-
-
-def draw_strips(runs, path):
-    """Active layers over time, one strip per arm."""
-    arms = {run["arm"]: (stats.event(run, "run")["flags"], stats.event(run, "done")["step"]) for run in runs}
-    deepest, longest = (max(values) for values in zip(*[(flags["layers"], steps) for flags, steps in arms.values()]))
-    lines = -(-len(arms) // 3)
-    figure, grid = subplots(9, 1.3 * lines + 0.5, lines, 3, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[len(arms) :]:
-        axes.axis("off")
-    for axes, (arm, (flags, steps)) in zip(grid.flat, arms.items()):
-        shading = {"cmap": "Greys", "vmin": 0, "vmax": 1.4, "interpolation": "nearest"}
-        extent = (0, steps, -0.5, flags["layers"] - 0.5)
-        axes.imshow(strip(flags), aspect="auto", origin="lower", extent=extent, **shading)
-        axes.set(xlim=(0, longest), ylim=(-0.5, deepest - 0.5), yticks=[0, deepest - 1], xticks=[0, longest])
-        axes.set_title(arm, fontsize=9)
-        axes.tick_params(labelsize=7)
-    figure.supxlabel("step", fontsize=8)
-    figure.supylabel("layer (filled: it trains; lighter: in part)", fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -414,11 +372,16 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     if not (out / "made.json").exists():  # a second start keeps the commit of the first, which made the finished runs
         write(out / "made.json", json.dumps(made))
     jobs = {(arm, seed): out / f"{arm}-{seed}" for seed in seeds for arm in flags}
-    run_all([(folder, [*common, *flags[arm], f"--seed={seed}"]) for (arm, seed), folder in jobs.items()], *machine)
-    runs = [summary(folder, arm, seed) for (arm, seed), folder in jobs.items()]
+    wanted = {(arm, seed): [*common, *flags[arm], f"--seed={seed}"] for arm, seed in jobs}
+    # Runs of an earlier start whose folders are not here, perhaps on another machine, count as they are in results/.
+    known, schedules = in_results(results, {job: wanted[job] for job in jobs if not jobs[job].exists()}, machine[0])
+    here = [job for job in jobs if job not in known or jobs[job].exists()]
+    run_all([(jobs[job], wanted[job]) for job in here], *machine)
+    known |= {job: summary(jobs[job], *job) for job in here}
+    schedules |= {arm: as_text(flags[arm]) for arm in flags}
+    runs = [known[job] for job in sorted(known, key=lambda job: (job[1], [*schedules].index(job[0])))]
     write(results / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
-    about = {"made": json.loads((out / "made.json").read_text()), "tuning": tuning or {}}
-    about["schedules"] = {arm: as_text(flags[arm]) for arm in flags}
+    about = {"made": json.loads((out / "made.json").read_text()), "tuning": tuning or {}, "schedules": schedules}
     write(results / "table.json", json.dumps(about))
     write_results(results, with_time)
 

@@ -38,7 +38,7 @@ from engine.log import read_jsonl, subplots, write
 from methods.layerdrop import pld
 from raptr import Full, RaPTr, Stage, all_layers, stage_plan
 from stacking import Stacking, grow, stacking
-from studies import stats
+from studies import figures, stats
 from text.corpus import rng
 
 TUNING_SEED, TUNING_WIDTH, RATES = 100, 40, (3e-3, 6e-3, 12e-3, 24e-3)  # rates at that width
@@ -350,7 +350,7 @@ def draw(runs, widths, path):
             points = list(zip(*[curve(run, group) for run in of(runs, width, arm)]))  # by evaluation, then by seed
             x = [statistics.mean(flops for flops, _ in point) for point in points]
             samples = [[left for _, left in point] for point in points]
-            stats.plot_band(axes, x, samples, ":" if arm == "full" else "-", 0.1, color=color, lw=1.5, label=label)
+            figures.band(axes, x, samples, ":" if arm == "full" else "-", 0.1, color=color, lw=1.5, label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1.1), xticks=[0, 0.25, 0.5, 0.75])
     for axes, width in zip(grid[0], widths):
         axes.set_title(f"width {width}", fontsize=10)

@@ -34,7 +34,7 @@ from engine.errors import UserError, guard
 from engine.log import subplots, write
 from engine.runs import load_run, own_text
 from raptr import RaPTr, Stage, Subnetwork, all_layers
-from studies import stats
+from studies import figures, stats
 
 KINDS = {  # of linear layers: (residual, with a norm)
     "residual and norm": (True, True),
@@ -123,7 +123,7 @@ def draw_initialisation(numbers, path):
     depths = [int(L) for L in numbers["neither"]["change"]]
     for kind, values in numbers.items():
         label = f"{kind}: L^{statistics.mean(values['exponent']):+.2f}"
-        stats.plot_band(axes, depths, values["change"].values(), "o-", label=label)
+        figures.band(axes, depths, values["change"].values(), "o-", label=label)
     start = statistics.mean(numbers["residual and norm"]["change"][f"{depths[0]}"])
     axes.plot(depths, [start * (L / depths[0]) ** -0.5 for L in depths], "k--", lw=1, label="L^-1/2")
     axes.set(xscale="log", yscale="log", xlabel="layers L", ylabel="change of the output when one layer is left out")

@@ -165,14 +165,6 @@ def markdown(about, first):
     return "\n".join(lines) + "\n"
 
 
-def plot_band(axes, x, samples, style="-", alpha=0.2, **more):
-    """Plot the mean of samples [(values at one x), ...], in a band of one standard deviation."""
-    means, stds = ([of(values) for values in samples] for of in (statistics.mean, statistics.stdev))
-    line = axes.plot(x, means, style, **more)[0]
-    low, high = ([mean + sign * std for mean, std in zip(means, stds)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=line.get_color(), alpha=alpha, lw=0)
-
-
 def commit():
     """The commit of the code that runs now, with "-dirty" where files differ from it; "" outside of a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]

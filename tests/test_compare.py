@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from engine import ROOT, options
 from engine.errors import UserError
 from engine.log import read_log
 from processes import script
-from studies import compare, stats
+from studies import compare, figures, stats
 from text import prepare
 from text.corpus import Corpus
 
@@ -75,7 +76,7 @@ def test_full_costs_are_kept_where_they_should_be():
 
 def test_a_strip_shows_what_runs():
     def of(*more):
-        return compare.strip(vars(base("--layers=4", "--heads=2", "--width=16", "--steps=40", *more)), columns=4)
+        return figures.strip(vars(base("--layers=4", "--heads=2", "--width=16", "--steps=40", *more)), columns=4)
 
     assert of("--method=full") == [(1.0,) * 4] * 4
     assert of("--method=mslt", "--stages=2-4-4-4")[0] == (1.0, 0.4, 1.0, 1.0)
@@ -132,6 +133,25 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
     assert {f.parent.name for f, t in logs.items() if f.stat().st_mtime_ns != t} == {"raptr-1"}
     same_losses = [line for line in first.splitlines() if line.startswith("| raptr")]
     assert same_losses[0].split("|")[5] in capsys.readouterr().out
+
+
+def test_a_comparison_continues_from_its_results_alone(tmp_path, corpus, monkeypatch, capsys):
+    """On another machine, or without the run folders: what results/ has is not trained again, and stays."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--layers 2 --width 16 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 8 --name t"
+    command = [*flags.split(), "--data", str(corpus)]
+    compare.main(["--methods", "full,raptr", "--seeds", "1", *command])
+    before = (tmp_path / "results/t/runs.jsonl").read_text()
+    shutil.rmtree(tmp_path / "out")
+    compare.main(["--methods", "full,stacking", "--seeds", "2", *command])
+    trained = {folder.name for folder in (tmp_path / "out/compare/t").iterdir() if folder.is_dir()}
+    assert trained == {"stacking-0", "full-1", "stacking-1"}
+    after = (tmp_path / "results/t/runs.jsonl").read_text()
+    assert all(line in after for line in before.splitlines())
+    assert [row["n"] for row in json.loads((tmp_path / "results/t/table.json").read_text())["rows"]].count(2) == 2
+    with pytest.raises(UserError, match="raptr-0 was trained with another --steps"):
+        compare.main(["--methods", "raptr", "--seeds", "1", *command, "--steps", "8"])
+    assert (tmp_path / "results/t/runs.jsonl").read_text() == after
 
 
 def test_all_arms_of_a_seed_share_their_start(tmp_path, corpus, monkeypatch):

@@ -1,0 +1,81 @@
+"""The figures that studies share: loss against cost, which layers ran when, a mean in its band.
+
+Not here: figures of one study alone, which are drawn where it is.
+"""
+
+import math
+import statistics
+
+import methods
+from engine import options
+from engine.log import subplots
+from raptr import all_layers
+from studies import stats
+
+
+def points(rows, key, label, path):
+    """Loss against a cost, one point with its spread per arm."""
+    figure, axes = subplots(8, 5)
+    for row in rows:
+        baseline = row["arm"].startswith(("full", "shallow"))
+        color = "black" if baseline else "tab:red" if row["arm"] == "raptr" else "tab:blue"
+        style = {"fmt": "s" if baseline else "o", "ms": 5, "lw": 1, "capsize": 2, "color": color}
+        axes.errorbar(1 / row[key], row["loss"], row["std"] or 0, **style)
+    write_names(axes, [(1 / row[key], row["loss"], row["arm"]) for row in rows])
+    axes.set(xlabel=f"{label}, as a share of full training's", ylabel="held-out loss (nats), mean ± std over seeds")
+    figure.savefig(path, dpi=110)
+
+
+def write_names(axes, places):
+    """Write names beside places [(x, y, name), ...], moved up where they would cover each other."""
+    axes.margins(x=0.18, y=0.08)
+    low, high = axes.get_ylim()
+    line_height, last = (high - low) / 26, {}  # last: height of the last name in each column of the figure
+    for x, y, name in sorted(places, key=lambda point: point[1]):
+        column = round(x * 8)
+        last[column] = max(y, last.get(column, -math.inf) + line_height)
+        line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6"}
+        axes.annotate(name, (x, y), (x + 0.02, last[column]), fontsize=8, va="center", arrowprops=line)
+
+
+def strip(flags, columns=160):
+    """Which layers run when: one row per layer, one column per sampled step. 1 is a layer that trains. Less is one that
+    trains a part of its width, runs at a smaller scale (ramp), or (0.4) runs without being trained."""
+    method, cells = methods.choose(options.complete(flags)), []
+    for step in sorted({1 + i * flags["steps"] // columns for i in range(columns)}):
+        path = method.subnetwork(step) or all_layers(method.depth(step))
+        share = path.width.share if path.width else 1.0
+        shades = path.scale if flags["method"] == "ramp" and path.scale else [share] * len(path.layers)
+        column = [0.0] * flags["layers"]
+        for i, layer in enumerate(path.layers):
+            column[layer] = 0.4 if i < path.frozen else shades[i]
+        cells.append(column)
+    return list(zip(*cells))
+
+
+def strips(runs, path):
+    """Active layers over time, one strip per arm."""
+    arms = {run["arm"]: (stats.event(run, "run")["flags"], stats.event(run, "done")["step"]) for run in runs}
+    deepest, longest = (max(values) for values in zip(*[(flags["layers"], steps) for flags, steps in arms.values()]))
+    lines = -(-len(arms) // 3)
+    figure, grid = subplots(9, 1.3 * lines + 0.5, lines, 3, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(arms) :]:
+        axes.axis("off")
+    for axes, (arm, (flags, steps)) in zip(grid.flat, arms.items()):
+        shading = {"cmap": "Greys", "vmin": 0, "vmax": 1.4, "interpolation": "nearest"}
+        extent = (0, steps, -0.5, flags["layers"] - 0.5)
+        axes.imshow(strip(flags), aspect="auto", origin="lower", extent=extent, **shading)
+        axes.set(xlim=(0, longest), ylim=(-0.5, deepest - 0.5), yticks=[0, deepest - 1], xticks=[0, longest])
+        axes.set_title(arm, fontsize=9)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("layer (filled: it trains; lighter: in part)", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def band(axes, x, samples, style="-", alpha=0.2, **more):
+    """Plot the mean of samples [(values at one x), ...], in a band of one standard deviation."""
+    means, stds = ([of(values) for values in samples] for of in (statistics.mean, statistics.stdev))
+    line = axes.plot(x, means, style, **more)[0]
+    low, high = ([mean + sign * std for mean, std in zip(means, stds)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=alpha, lw=0)
