@@ -138,7 +138,7 @@ def test_a_comparison_runs_is_skipped_and_continues(tmp_path, corpus, monkeypatc
 def test_a_comparison_continues_from_its_results_alone(tmp_path, corpus, monkeypatch, capsys):
     """On another machine, or without the run folders: what results/ has is not trained again, and stays."""
     monkeypatch.chdir(tmp_path)
-    flags = "--layers 2 --width 16 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 8 --name t"
+    flags = "--layers 4 --width 16 --heads 2 --seq 32 --batch 4 --steps 6 --threads 1 --eval_sequences 8 --name t"
     command = [*flags.split(), "--data", str(corpus)]
     compare.main(["--methods", "full,raptr", "--seeds", "1", *command])
     before = (tmp_path / "results/t/runs.jsonl").read_text()
