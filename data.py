@@ -348,10 +348,10 @@ def show(ids, tokenizer):
 def demo(seq=48):
     corpus = Corpus(prepared())
     window = corpus.windows("train", 64, [77])[:, : seq + 1]
-    print(f"\n  {corpus.meta['source']}, fingerprint {corpus.fingerprint}:", end=" ")
-    print(", ".join(f"{corpus.meta[split]['tokens']:,} {split} tokens" for split in ("train", "val")))
+    print(f"\n  {corpus.meta['source']}, fingerprint {corpus.fingerprint}")
+    print("  " + ", ".join(f"{corpus.meta[split]['tokens']:,} {split} tokens" for split in ("train", "val")))
     print_wrapped("text", show(window[0, 1:], corpus.tokenizer))
-    print("\n  BERT: 15% of the tokens are targets; of these 80% become [MASK], 10% another token, 10% stay")
+    print("\n  BERT: 15% are targets; of these 80% become [MASK], 10% another token")
     inputs, masked, targets = (part[0] for part in mask_tokens(window, corpus.vocab, rng(0, "demo")))
     print_wrapped("reads", show(inputs, corpus.tokenizer))
     asked = sorted((int(p), int(t)) for p, t in zip(masked, targets) if t != NO_TARGET)

@@ -436,7 +436,7 @@ def demo():
     from data import objective
     from engine import ROOT
 
-    print("\n  preset        layers  width   params    FLOPs/step   half the layers   of which head")
+    print("\n  preset      layers  width   params  FLOPs/step  half the layers   head alone")
     for path in sorted((ROOT / "configs").glob("*.toml")):
         preset = tomllib.loads(path.read_text())
         preset = {"mlp": 4 * preset["width"], "arch": "bert", "denoisers": "ul2"} | preset
@@ -445,12 +445,10 @@ def demo():
         config, targets = Config(**fields | {"vocab": task.model_vocab}), task.targets_per_row()
         full, half, head = (flops(config, preset["batch"], targets, n) for n in (None, config.layers // 2, 0))
         size = f"{parameters(config) / 1e6:,.1f}M"
-        print(f"  {path.stem:12}  {config.layers:6}  {config.width:5}  {size:>8}", end="")
-        print(f"  {full:12.3e}  {half / full:16.1%}  {head / full:14.1%}")
-    print(
-        "\n  A step is forward and backward over the whole batch. The head always runs, so half the layers cost a bit"
-    )
-    print("  more than half a step; embeddings are look-ups and cost nothing here.\n")
+        print(f"  {path.stem:10}  {config.layers:6}  {config.width:5}  {size:>8}", end="")
+        print(f"  {full:10.3e}  {half / full:15.1%}  {head / full:11.1%}")
+    print("\n  A step is forward and backward over the whole batch. The head always runs,")
+    print("  so half the layers cost a bit more than half a step; embeddings cost nothing.\n")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def demo():
             roots = [roots[source] for source in method.sources(n, m)] if m != n else roots
             step = method.plan[i].start
             frozen = (method.subnetwork(step) or all_layers(m)).frozen
-            note = f"   the first {frozen} only run" if frozen else ""
+            note = f"  {frozen} only run" if frozen else ""
             print(f"  {name if i == 0 else '':12} {m:2} layers   {' '.join(f'{root:2}' for root in roots)}{note}")
         print()
 

@@ -108,7 +108,7 @@ def summarize(run):
     print(f"  held-out loss   {last['loss']:.3f} nats, full model; predicting by frequency gets {frequency:.3f}")
     saved = [f"full training costs {x:.3f} times as many ({1 - 1 / x:.1%} saved)" for x in (layers, step)]
     print(f"  layer FLOPs     {saved[0]}")
-    print(f"  all FLOPs       {saved[1]}: the head always runs")
+    print(f"  with the head   {saved[1]}")
     files = ["log.jsonl", *["loss.png"] * bool(figure), max(run.glob("step_*[0-9]")).name]
     print(f"  files           {run}/: {', '.join(files)}\n")
 

@@ -6,8 +6,10 @@ Not here: what the flags do.
 
 import argparse
 import difflib
+import functools
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -61,11 +63,22 @@ class Parser(argparse.ArgumentParser):
         return flags
 
 
+def fitted(examples, width):
+    """Lines `command    what it does`, the second below the first where they do not fit into the width."""
+    lines = []
+    for line in re.sub(r"\n {12,}", " ", examples).splitlines():  # what it does may go on in a further line
+        shown, *what = re.split(r"(?<=\S) {2,}", line, maxsplit=1)
+        fill = functools.partial(textwrap.fill, width=width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        folded = textwrap.wrap(shown, width - 2, subsequent_indent=" " * 6, break_on_hyphens=False)
+        lines += [line] if len(line) <= width else [" \\\n".join(folded), *map(fill, what)]
+    return "\n".join(lines)
+
+
 def command(name, about):
     """A Parser for `python -m NAME`. about: the docstring of its module, shown without its sources."""
     width = shutil.get_terminal_size().columns - 2
     kept = [text for text in about.strip().split("\n\n") if not text.startswith(("Source", "Legend"))]
-    wrapped = [text if text.startswith(" ") else textwrap.fill(" ".join(text.split()), width) for text in kept]
+    wrapped = [fitted(text, width) if text.startswith(" ") else textwrap.fill(text, width) for text in kept]
     raw = argparse.RawDescriptionHelpFormatter
     prog = name if name.endswith(".py") else f"python -m {name}"
     return Parser(prog=prog, allow_abbrev=False, description="\n\n".join(wrapped), formatter_class=raw)
@@ -100,6 +113,8 @@ class Group:
 
     def flag(self, name, type, default, help, choices=None):
         metavar = "|".join(choices) if choices else getattr(type, "letter", "S")
+        if len(metavar) > 40:
+            metavar, help = "NAME", f"{help}: {', '.join(choices)}"
         default_text = f"{default:g}" if isinstance(default, float) else default
         text = help if default in ("", None) else f"{help} [{default_text}]"
         more = {"choices": choices, "metavar": metavar, "help": text}
@@ -238,8 +253,9 @@ GROUPS = {
 
 
 EPILOG = """\
-A preset sets any of these names, and a flag overrides the preset. The defaults in
-brackets apply where the preset sets nothing; the default preset is a toy.
+A preset sets any of these names, and a flag overrides the preset. The
+defaults in brackets apply where the preset sets nothing; the default preset
+is a toy.
 exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite;
 4 no usable checkpoint; 5 processes disagree, or one is lost; 1 the last save
 failed; 75 stopped, state saved"""

@@ -122,13 +122,14 @@ def demo(L=12, T=1000):
         "LayerDrop, 9 of 12": layerdrop(L, T, 9),
         "decreasing, p_max 1": decreasing(L, T),
     }
-    print(f"\n  {L} layers, {T} steps: keep probability in percent, layer 0 to {L - 1}, and two paths")
+    print(f"\n  {L} layers, {T} steps: keep probability in percent, and two paths")
     for name, method in methods.items():
         print(f"\n  {name}: {mean_layers(method, T):.2f} layers a step on average")
         for step in (1, T // 20, T // 2, T):
             percent = " ".join(f"{100 * p:3.0f}" for p in method.keep(step))
             paths = [method.subnetwork(step + i) or all_layers(L) for i in (0, -1 if step == T else 1)]
-            print(f"    step {step:4}   {percent}   " + "  ".join(draw(path.layers, L) for path in paths))
+            print(f"    step {step:4}   {percent}")
+            print("                " + "    ".join(draw(path.layers, L) for path in paths))
     ramp = Ramp(L, T)
     print("\n  ramp: every layer runs; its update is scaled by, in percent")
     for step in (1, T // 20, T // 8, T // 4):

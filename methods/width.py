@@ -185,7 +185,8 @@ def demo():
     shapes = {name: p.shape for name, p in model.blocks[0].named_parameters()}
     taken = cut(model, path)
     heads, neurons = path.width.heads[0], path.width.neurons[0]
-    print(f"\n  Heads {heads} and eighths {neurons} of the neurons, of the first of 4 layers\n")
+    print(f"\n  The first of 4 layers, cut to heads {heads}")
+    print(f"  and the eighths {neurons} of its neurons\n")
     for name, p in model.blocks[0].named_parameters():
         print(
             f"    {name:22} {str(tuple(shapes[name])):12} {tuple(p.shape) if p.shape != shapes[name] else ''}".rstrip()
@@ -199,9 +200,7 @@ def demo():
             mask = mask.repeat_interleave(writer.in_features // 8)
             writer.register_forward_pre_hook(lambda module, inputs, mask=mask: inputs[0] * mask)
     difference = (model.encode(tokens) - narrow).abs().max()
-    print(
-        f"\n  Largest difference from the full network with dropped heads and neurons set to zero: {difference:.1e}\n"
-    )
+    print(f"\n  With the dropped heads and neurons set to zero instead: {difference:.1e} apart\n")
 
 
 if __name__ == "__main__":

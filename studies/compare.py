@@ -9,11 +9,15 @@ A budget of B gives a method 1 / B of the layer FLOPs of full training with as m
 from it, and is printed before anything runs. In one seed all arms start from the same weights, see the same batches and
 are evaluated on the same held-out tokens, so differences between arms are paired.
 
-    full         all layers, all steps                  shallow        fewer layers from start to end, all steps
-    full_flops   all layers, fewer steps, own decay     shallow_flops  those layers, more steps: the FLOPs of full
-    ramp         costs what full costs                  raptr_width    raptr, --part width; raptr_both: --part both
-    fusion       two networks of half the width, each trained as long as their fusion (methods/deep_fusion.py)
-    all others   a name of --method, at the budget
+    full           all layers, all steps
+    full_flops     all layers, fewer steps, own decay
+    shallow        fewer layers from start to end, all steps
+    shallow_flops  those layers, more steps: the FLOPs of full
+    ramp           costs what full costs
+    raptr_width    raptr, --part width
+    raptr_both     raptr, --part both
+    fusion         two networks of half the width (methods/deep_fusion.py)
+    all others     a name of --method, at the budget
 
 A second start skips what is finished, in out/compare/NAME/ or in results/NAME/, and continues the rest.
 Not here: the training (train.py), what the numbers say (studies/stats.py).
