@@ -409,8 +409,9 @@ def show_score(result):
 
 
 def main():
-    parser = command("eval_superglue", __doc__)
-    parser.prog = "eval_superglue.py"
+    parser = command("eval_superglue.py", __doc__)
+    parser.usage = "python %(prog)s --data DATA WHAT [options], WHAT being one of\n"
+    parser.usage += "  --score FOLDER | --baseline OUT | --finetune RUN | --shots K RUN"
     parser.add_argument("--data", required=True, help="the official folder, with BoolQ/val.jsonl and so on")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--score", metavar="FOLDER", help="folder or .zip of submission files; prints one JSON object")

@@ -392,7 +392,7 @@ def read_flags():
     parser, count, natural = options.command("tools.bench", __doc__), options.count, options.natural
     enough = options.number(int, "a whole number, 4 or above", lambda x: x >= 4)
     presets, add = sorted(path.stem for path in (ROOT / "configs").glob("*.toml")), parser.add_argument
-    add("--only", choices=[*BENCHES], help="what to measure; default: all but presets")
+    add("--only", choices=[*BENCHES], metavar="PART", help=f"of {', '.join(BENCHES)}; default: all but presets")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: presets only")
     add("--layers", type=enough, default=12, help="[12]")
     add("--width", type=count, default=256, help="[256]")
@@ -403,7 +403,7 @@ def read_flags():
     add("--rounds", type=count, default=15, help="timed steps of each candidate [15]")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="as for train.py [auto]")
     add("--compile", action="store_true", help="compile the block")
-    add("--preset", choices=presets, help="presets: only this one")
+    add("--preset", choices=presets, metavar="NAME", help=f"presets: only this one, of {', '.join(presets)}")
     add("--micro_batch", type=natural, default=0, help="presets: sequences at a time; 0: by preset")
     add("--sequences", type=natural, default=0, help="presets: sequences per step; 0: the preset's batch, or its share")
     add("--schedule", type=count, default=24, help="presets: steps that stand for the whole schedule [24]")
