@@ -243,8 +243,8 @@ def over(layers, subnetwork):
 
     Run forward and backward inside the context. Build the optimizer outside, over all parameters, and let the
     gradients of skipped layers be None (`zero_grad(set_to_none=True)`).
-    Under DistributedDataParallel set `find_unused_parameters=True`: skipped layers rest, but zeros are sent for them. To
-    send none, sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
+    Under DistributedDataParallel set `find_unused_parameters=True`: skipped layers rest, but zeros are sent for them.
+    To send none, sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
     Raises ValueError for layers of several kinds (some attend to a window, say): such models pick a layer's mask by its
     index, and `over` renumbers the layers. Raises ValueError for a subnetwork that cuts or freezes layers.
     """
