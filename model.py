@@ -65,23 +65,24 @@ class Config:
 class Shared(NamedTuple):
     """What the stack hands to every block."""
 
-    rotation: tuple | None = None  # cosines and sines, each (T, C/H)
+    rotation: tuple | None = None  # cosines and signed sines, each (T, 2 C): of the heads of q and k, side by side
     mask: object = None  # who may see whom: bool or additive (B or 1, H or 1, T, T), or flex attention's BlockMask
     past: dict | None = None  # keys and values of earlier tokens, of one block; this call adds its own
     gain: object = None  # of a layer cut in width: multiplies what its heads and hidden neurons hand on
 
 
 def rotary(seq, dim, base=10_000.0):
-    """Cosines and sines of the rotary angles, each (T, dim)."""
+    """Cosines and signed sines of the rotary angles, each (T, C/H)."""
     frequency = base ** (-torch.arange(0, dim, 2) / dim)
-    angle = torch.outer(torch.arange(seq), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(seq), frequency)
+    return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
 
 
-def rotate(x, cos, sin):  # (B, H, T, C/H)
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+def rotate(x, cos, sin, size):
+    """Turn pairs (i, i + size/2) of every `size` numbers of x (B, T, n size) by the angles of the position."""
+    n = x.shape[-1]
+    swapped = x.unflatten(-1, (-1, 2, size // 2)).flip(-2).flatten(-3)
+    return x * cos[:, :n].to(x.dtype) + swapped * sin[:, :n].to(x.dtype)
 
 
 def buckets(distance, count=32, far=128):
@@ -127,9 +128,11 @@ class Attention(nn.Module):
     def forward(self, x, shared):
         B, T, _ = x.shape
         heads = len(self.qkv.weight) // (3 * self.head_width)  # that are there: fewer in a layer cut in width
-        q, k, v = self.qkv(x).view(B, T, 3, heads, self.head_width).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        if shared.rotation is not None:
-            q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
+        qk, v = self.qkv(x).split((2 * heads * self.head_width, heads * self.head_width), -1)
+        if shared.rotation is not None:  # all heads of q and k at once: one long row a token
+            qk = rotate(qk, *shared.rotation, self.head_width)
+        q, k = qk.view(B, T, 2, heads, self.head_width).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        v = v.view(B, T, heads, self.head_width).transpose(1, 2)
         if shared.past is not None:
             k, v = (
                 torch.cat([shared.past[name], new], 2) if shared.past else new for name, new in (("k", k), ("v", v))
@@ -148,8 +151,8 @@ class MLP(nn.Module):
 
     def forward(self, x, shared):
         x = self.up(x)
-        gate, x = x.chunk(2, dim=-1) if self.gated else (x, 1.0)
-        y = F.gelu(gate) * x
+        gate, *x = x.chunk(2, dim=-1) if self.gated else [x]
+        y = F.gelu(gate) * x[0] if self.gated else F.gelu(gate)
         return F.dropout(self.down(y if shared.gain is None else y * shared.gain), self.dropout, self.training)
 
 
@@ -281,9 +284,9 @@ class Stack(nn.Module):
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         # The residual stream is float32, also where FSDP2 gathers weights in bfloat16.
         x = F.dropout(self.embedding_norm(x).float(), self.dropout, self.training)
-        rotation = (
-            (self.cos[start : start + T], self.sin[start : start + T]) if self.config.positions == "rotary" else None
-        )
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = [table[start : start + T].repeat(1, 2 * self.config.heads) for table in (self.cos, self.sin)]
         if self.relative is not None:
             place = torch.arange(start + T, device=x.device)
             bias = self.relative(buckets(place - place[start:, None])).permute(2, 0, 1)[None]  # (1, H, T, start + T)

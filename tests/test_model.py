@@ -134,7 +134,8 @@ def test_padded_ids_are_never_predicted():
 def test_rotary_scores_depend_on_distance_alone():
     cos, sin = transformer.rotary(16, 8)
     q, k = torch.randn(2, 8)
-    turned_q, turned_k = (transformer.rotate(x.expand(1, 1, 16, 8), cos, sin)[0, 0] for x in (q, k))
+    both = transformer.rotate(torch.cat([q, k]).expand(1, 16, 16), cos.repeat(1, 3), sin.repeat(1, 3), 8)
+    turned_q, turned_k = both[0].split(8, -1)
     scores = turned_q @ turned_k.T
     for distance in range(-15, 16):
         diagonal = scores.diagonal(distance)

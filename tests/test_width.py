@@ -165,4 +165,4 @@ def test_demo():
     shown = subprocess.run(
         [sys.executable, "-m", "methods.width"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
-    assert "Heads" in shown and float(shown.split("to zero: ")[1]) < 1e-5
+    assert "heads" in shown and float(shown.split("instead: ")[1].split()[0]) < 1e-5
