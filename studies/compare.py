@@ -35,6 +35,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 import methods
 import model as transformer
 from engine import ROOT, options
@@ -191,10 +193,10 @@ def run_all(jobs, text, devices, count, may_diverge=False):
             if done.returncode and not (done.returncode == 3 and may_diverge):
                 reason = done.stderr.strip().splitlines() or ["no message"]
                 raise UserError(f"{folder}: train.py ended with {done.returncode}: {reason[-1]}")
-        print(f"  {folder.parent.name}/{folder.name}: {final_loss(folder):.4f}", flush=True)
+        tqdm.write(f"  {folder.parent.name}/{folder.name}: {final_loss(folder):.4f}")
 
     with ThreadPoolExecutor(count) as pool:
-        list(pool.map(run, *zip(*jobs)))
+        list(tqdm(pool.map(run, *zip(*jobs)), total=len(jobs), unit=" runs", disable=None))
 
 
 def with_parents(folder, flags, run):
