@@ -28,3 +28,45 @@ def test_every_method_is_measured(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {f"efficiency_{name}" for name in methods.METHODS if name != "full"} < set(figures)
     assert figures["growth_over_step"] > 0
+
+
+NANOGPT = """
+import torch
+class GPTConfig(dict):
+    def __init__(self, **sizes):
+        super().__init__(sizes)
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config["vocab_size"], config["n_embd"])
+    def forward(self, tokens, targets):
+        logits = self.table(tokens) @ self.table.weight.T
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_rivals_are_measured(tmp_path):
+    """--only rivals: ours beside the programs that are there, and beside the machine's limit."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    flags = ["--only", "rivals", "--layers", 4, "--seq", 16, *SMALL, "--json", tmp_path / "figures.json"]
+    shown = script("tools.bench", *flags, "--nanogpt", tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ours_over_ours"] == 1 and 0 < figures["of_product"] < 1
+    assert figures["ours_over_nanoGPT_bfloat16"] > 0 and "nanoGPT, bfloat16, compiled" in shown.stdout
+    shown = script("tools.bench", *flags, "--nanogpt", tmp_path / "nowhere")
+    assert shown.returncode == 2 and shown.stderr.count("\n") == 1
+
+
+def test_growth_is_measured(tmp_path, monkeypatch, capsys):
+    """--only growth: every size once, in a table and a figure."""
+    from tools import bench, growth
+
+    monkeypatch.setattr(growth, "SIZES", {"layers": (4, 5), "width": (32, 64), "vocab": (300, 301)})
+    figure, json_file = tmp_path / "growth.png", tmp_path / "figures.json"
+    flags = ["--only", "growth", "--seq", 16, *SMALL, "--figure", figure, "--json", json_file]
+    monkeypatch.setattr("sys.argv", ["tools.bench", *map(str, flags)])
+    bench.main()
+    rows = json.loads(json_file.read_text())
+    assert [row[0] for row in rows["growth_width"]] == [32, 64] and rows["growth_vocab"][1][1] > 0
+    assert figure.stat().st_size > 3000 and capsys.readouterr().out.count("%") >= 6

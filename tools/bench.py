@@ -1,11 +1,12 @@
 """How fast is a training step, and does a path save what it should?
 
-    python -m tools.bench                   everything below except the presets, on the CPU
+    python -m tools.bench                   everything below except growth and presets, on the CPU
     python -m tools.bench --only paths      a full step against steps on paths of 6, 8 and 10 of 12 layers
     python -m tools.bench --only width      the same in width: a share of the heads and hidden neurons of every layer
     python -m tools.bench --only ul2        the same as paths, for a UL2 decoder
     python -m tools.bench --only methods    every method over a whole short run, and one growth
-    python -m tools.bench --only rival      tokens/s against BertForMaskedLM of `transformers`
+    python -m tools.bench --only rivals     tokens/s against BERT of `transformers`, and nanoGPT with --nanogpt FOLDER
+    python -m tools.bench --only growth     how the cost of a step grows with depth, width, length, batch, vocabulary
     python -m tools.bench --only over       what raptr.over saves in BERT and Llama of `transformers`
     python -m tools.bench --device cuda     the presets at full size: MFU, and what paths and the schedule save
     python -m tools.bench --only presets --preset bert_toy         one preset, anywhere
@@ -21,80 +22,30 @@ Not here: how much memory and time a run will need (train.py --dry_run).
 """
 
 import argparse
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import platform
-import subprocess
 import sys
 import time
 from statistics import median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import methods
 import model as transformer
 import stacking
 import train
 from engine import ROOT, log, machine, options, parallel
 from engine.errors import guard
-from raptr import RaPTr, Stage, all_layers, mean_layers, over
-from text.corpus import rng
-from text.prepare import SPECIAL
+from raptr import all_layers, mean_layers
+from tools import rivals
+from tools.growth import bench_growth
+from tools.timing import flags_of, interleaved, make_step, product, speed_up
 
 # ----------------------------------------------------------------------------------------------------------------
 # What is timed, and how
-
-
-def interleaved(candidates, rounds, warmup=3, pause=0.0):
-    """Call every candidate in turn, `rounds` times. Returns the seconds of each call: {name: [one per round]}.
-
-    warmup: rounds before that, not timed. pause: seconds before each call, in which the threads of another process
-    fall asleep.
-    """
-    times = {name: [] for name in candidates}
-    for number in range(-warmup, rounds):
-        for name, call in candidates.items():
-            time.sleep(pause)
-            began = time.perf_counter()
-            call()
-            if number >= 0:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
-def speed_up(times, name):
-    """How many times faster than a full step."""
-    return median([full / other for full, other in zip(times["full"], times[name])])
-
-
-def random_batch(flags, objective):
-    """A batch of random tokens, as the objective shows them to the model."""
-    generator = rng(0, "bench")
-    windows = generator.integers(SPECIAL, objective.vocab, (flags.batch, flags.seq))
-    if flags.arch == "ul2":
-        return objective.rows(windows, generator)
-    return data.mask_tokens(windows, objective.vocab, generator)
-
-
-def make_step(flags, device, dtype):
-    """(step, flops). step(subnetwork) takes one training step on a subnetwork (None: all layers) and returns when the
-    device has done it. flops(k): FLOPs of a step on k layers."""
-    ranks, autocast, objective = parallel.Ranks(device), machine.autocast(device, dtype), data.objective(flags)
-    config = transformer.Config.of(flags, objective.model_vocab)
-    model, optimizer = train.build(flags, config, flags.layers, ranks)
-    batch = random_batch(flags, objective)
-
-    def step(subnetwork):
-        train.train_step(model, optimizer, batch, subnetwork, flags, ranks, autocast)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return step, functools.partial(transformer.flops, config, flags.batch, objective.head_positions(batch))
 
 
 def time_paths(step, method, rounds, **others):
@@ -131,15 +82,6 @@ def beside_full(step, subnetworks):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Our own steps: paths in depth and width, UL2, every method
-
-
-def flags_of(args, *more):
-    """Flags of train.py for the network that the flags of the bench describe. The learning rate is small because there
-    is no warm-up: time does not depend on it, but losses stay finite."""
-    shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "width", "heads", "seq", "vocab", "batch")]
-    compiled = "--compile" if args.compile else "--no-compile"
-    fixed = ["--config=configs/bert_base.toml", "--dropout=0", "--warmup=0", "--lr=1e-5"]
-    return options.parse([*fixed, *shape, compiled, *more])
 
 
 def compare_paths(args, flags, title, key, report):
@@ -202,135 +144,12 @@ def bench_methods(args, report):
 # Models of `transformers`: as rivals, and over a subnetwork
 
 
-def theirs(args, kind, attention="eager"):
-    """(model, its nn.ModuleList of layers): a BERT or a Llama of `transformers`, with random weights."""
-    import transformers
-
-    shape = dict(
-        vocab_size=args.vocab, hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.heads,
-        intermediate_size=4 * args.width, max_position_embeddings=args.seq, attn_implementation=attention,
-    )  # fmt: skip
-    if kind == "BERT":
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, **dropout))
-        return model, model.bert.encoder.layer
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False))
-    return model, model.model.layers
-
-
-def their_step(args, model, share=1.0):
-    """A function that takes a training step of their model as its documentation has it, with the clipping and the
-    optimizer of ours. share: of the tokens, that have a label."""
-    tokens = torch.randint(SPECIAL, args.vocab, (args.batch, args.seq))
-    labels = torch.where(torch.rand(tokens.shape) < share, tokens, data.NO_TARGET)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-
-    def step():
-        with machine.autocast("cpu", args.dtype):
-            loss = model(input_ids=tokens, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-RIVALS = ["ours", "ours, compiled", "sdpa", "eager", "sdpa, steady memory", "eager, steady memory"]
-
-
-def worker(args):
-    """One side of `rival`, in a process of its own, as memory settings hold for a process. Takes a step for every line
-    it reads."""
-    if args.worker.startswith("ours") or args.worker.endswith("steady memory"):
-        machine.steady_memory()
-    if args.worker.startswith("ours"):
-        args.compile = args.worker == "ours, compiled"
-        step = functools.partial(make_step(flags_of(args), "cpu", args.dtype)[0], None)
-    else:
-        step = their_step(args, theirs(args, "BERT", attention=args.worker.split(",")[0])[0], share=0.15)
-    for _ in sys.stdin:
-        step()
-        print("done", flush=True)
-
-
-def ask(process):
-    """Have a worker take a step, and wait for it."""
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "done\n", "a worker has ended; its error stands above"
-
-
-def bench_rival(args, report):
-    """A full step of BERT: ours, and theirs with both kinds of attention and both memory settings."""
-    start = [sys.executable, "-m", "tools.bench", *sys.argv[1:], "--worker"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    workers = {name: subprocess.Popen([*start, name], **pipes) for name in RIVALS}
-    calls = {name: functools.partial(ask, process) for name, process in workers.items()}
-    times = interleaved(calls, args.rounds, pause=0.3)
-    for process in workers.values():
-        process.communicate()
-    plain = min(("sdpa", "eager"), key=lambda name: median(times[name]))
-    steady = min(("sdpa, steady memory", "eager, steady memory"), key=lambda name: median(times[name]))
-    version = importlib.metadata.version("transformers")
-    print(f"  BERT, a full step against BertForMaskedLM of transformers {version}, each in a process of its own")
-    print("  Our head runs on the targets only, theirs on every token. `steady memory` lends them the")
-    print("  malloc setting that train.py makes.\n")
-    print(f"      {'':20}   tokens/s   times {plain}   times {steady}")
-    for name in RIVALS:
-        speed = args.batch * args.seq / median(times[name])
-        ratio, lent = (median([b / a for a, b in zip(times[name], times[rival])]) for rival in (plain, steady))
-        print(f"      {name:20} {speed:10,.0f}   {ratio:{len(plain) + 6}.2f}   {lent:{len(steady) + 6}.2f}")
-        report[f"times_transformers_{name.replace(', ', '_').replace(' ', '_')}"] = ratio
-
-
-def counted(call):
-    """FLOPs of the matrix products of a call."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def bench_over(args, report):
-    """Half of the layers of their models, a new path each time, unscaled and scaled, against all layers."""
-    L, ends = args.layers, {0, args.layers - 1}
-    paths = {scaling: RaPTr([Stage(1, 10**9, L // 2)], L, ends, scaling=scaling) for scaling in ("none", "uniform")}
-    version = importlib.metadata.version("transformers")
-    print(f"  raptr.over, in models of transformers {version}; ideal by counted FLOPs\n")
-    for kind in ("BERT", "Llama"):
-        (model, layers), numbers = theirs(args, kind), itertools.count(1)
-        step = their_step(args, model)
-
-        def step_over(method, step=step, layers=layers, numbers=numbers):
-            with over(layers, method.subnetwork(next(numbers))):
-                step()
-
-        candidates = {"full": step, **{name: functools.partial(step_over, path) for name, path in paths.items()}}
-        times = interleaved(candidates, args.rounds)
-        ideal = counted(step) / counted(candidates["none"])
-        print(f"      {kind + ',':6} all {L:2} layers               {median(times['full']) * 1e3:8.1f} ms")
-        for name in paths:
-            speed = speed_up(times, name)
-            print(f"      {kind + ',':6} path of {L // 2:2}, scaling {name:7}", end=" ")
-            print(f"{median(times[name]) * 1e3:8.1f} ms   {speed:.3f}x, ideal {ideal:.3f}", end=", ")
-            print(f"efficiency {speed / ideal:.3f}")
-            report[f"over_{kind}_{name}"] = speed / ideal
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # The presets at full size
 
 MICRO_BATCH = {"bert_base": 64, "bert_large": 32, "ul2_1p6b": 4}  # meant for 80 GB; train.py --dry_run estimates
 SHARE = {"ul2_1p6b": 8}  # a step has the sequences that one GPU of so many gets; elsewhere the preset's whole batch
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bfloat16 TFLOP/s, of NVIDIA's data sheets
-
-
-def product(device, dtype):
-    """(a function that multiplies two large square matrices, its FLOPs): what the device can do at this moment."""
-    size = 8192 if device == "cuda" else 512
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return lambda: float((a @ b)[0, 0]), 2 * size**3
 
 
 def peak_of(args):
@@ -384,15 +203,20 @@ def bench_presets(args, report):
 # ----------------------------------------------------------------------------------------------------------------
 
 ON_CPU = {"paths": bench_paths, "width": bench_width, "ul2": bench_ul2, "methods": bench_methods}
-ON_CPU |= {"rival": bench_rival, "over": bench_over}
-BENCHES = ON_CPU | {"presets": bench_presets}
+ON_CPU |= {"rivals": rivals.bench_rivals, "over": rivals.bench_over}
+BENCHES = ON_CPU | {"growth": bench_growth, "presets": bench_presets}
 
 
 def read_flags():
     parser, count, natural = options.command("tools.bench", __doc__), options.count, options.natural
     enough = options.number(int, "a whole number, 4 or above", lambda x: x >= 4)
     presets, add = sorted(path.stem for path in (ROOT / "configs").glob("*.toml")), parser.add_argument
-    add("--only", choices=[*BENCHES], metavar="PART", help=f"of {', '.join(BENCHES)}; default: all but presets")
+    add(
+        "--only",
+        choices=[*BENCHES],
+        metavar="PART",
+        help=f"one of {', '.join(BENCHES)}",
+    )
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: presets only")
     add("--layers", type=enough, default=12, help="[12]")
     add("--width", type=count, default=256, help="[256]")
@@ -408,6 +232,8 @@ def read_flags():
     add("--sequences", type=natural, default=0, help="presets: sequences per step; 0: the preset's batch, or its share")
     add("--schedule", type=count, default=24, help="presets: steps that stand for the whole schedule [24]")
     add("--peak", type=options.nonnegative, default=0.0, help="presets: the device's dense TFLOP/s; 0: by its name")
+    add("--nanogpt", default="", metavar="FOLDER", help="rivals: a checkout of nanoGPT, to be one of them")
+    add("--figure", default="", metavar="FILE", help="growth: draw it into this file")
     add("--json", help="write the figures to this file too")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -422,7 +248,7 @@ def main():
     args = read_flags()
     torch.manual_seed(0)
     if args.worker:
-        return worker(args)
+        return rivals.worker(args)
     machine.settings()
     chosen = [args.only] if args.only else ["presets"] if args.device == "cuda" else [*ON_CPU]
     threads, dtype = torch.get_num_threads(), str(args.dtype).removeprefix("torch.")
@@ -435,7 +261,7 @@ def main():
         print(f"  {args.layers} x {args.width}, {args.batch} x {args.seq} tokens a step{compiled}")
     print()
     for name in chosen:
-        if name in ("rival", "over") and not importlib.util.find_spec("transformers"):
+        if name == "over" and not importlib.util.find_spec("transformers"):
             print(f"  {name}: transformers is not installed (pip install transformers); not run")
         else:
             BENCHES[name](args, report)
