@@ -4,6 +4,7 @@ Each rival takes its steps in a process of its own, as memory settings hold for 
 Not here: how a step is timed (tools/timing.py).
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -74,7 +75,8 @@ def nanogpt_step(args, compiled, dtype):
     """A step of nanoGPT's GPT of the same size, as its train.py takes it. Its optimizer is fused, as ours."""
     module = load_nanogpt(args.nanogpt)
     sizes = {"block_size": args.seq, "vocab_size": args.vocab, "n_layer": args.layers, "n_head": args.heads}
-    model = module.GPT(module.GPTConfig(**sizes, n_embd=args.width, dropout=0.0, bias=False))
+    with contextlib.redirect_stdout(sys.stderr):  # it counts its parameters aloud
+        model = module.GPT(module.GPTConfig(**sizes, n_embd=args.width, dropout=0.0, bias=False))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     run = torch.compile(model) if compiled else model
     tokens = torch.randint(SPECIAL, args.vocab, (args.batch, args.seq + 1))
