@@ -361,7 +361,7 @@ def prepared(data="", vocab=4096):
     key = hashlib.sha256(json.dumps([VERSION, vocab, facts]).encode()).hexdigest()[:8]
     out = ROOT / "corpus" / f"{name}-{vocab}-{key}"
     if not out.exists():
-        print(f"preparing {source} (once; kept in {out})", file=sys.stderr, flush=True)
+        print(f"preparing {source}, once:\n{out}", file=sys.stderr, flush=True)
         documents = [] if data else list(manual())
         prepare(files if data else lambda: iter(documents), out, vocab, source=source)
     return out
