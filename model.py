@@ -89,15 +89,13 @@ def buckets(distance, count=32, far=128):
     """T5's buckets of relative positions: half for each direction; near ones one by one, farther ones by logarithm."""
     half = count // 2
     near = distance.abs()
-    log = half // 2 + (near.clamp(min=1).float() / (half // 2)).log() / torch.tensor(far / (half // 2)).log() * (
-        half // 2
-    )
-    return half * (distance > 0) + torch.where(near < half // 2, near, log.long().clamp(max=half - 1))
+    small = half // 2  # distances below it have a bucket each
+    log = small + (near.clamp(min=1).float() / small).log() / torch.tensor(far / small).log() * small
+    return half * (distance > 0) + torch.where(near < small, near, log.long().clamp(max=half - 1))
 
 
 def explicit(q):
-    """Whether to write attention out: on the CPU in bfloat16 the backward pass of the fused kernel is the slower
-    one."""
+    """Whether to write attention out: on the CPU in bfloat16 the fused kernel's backward pass is slower."""
     return q.is_cpu and q.dtype == torch.bfloat16
 
 
@@ -134,9 +132,8 @@ class Attention(nn.Module):
         q, k = qk.view(B, T, 2, heads, self.head_width).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
         v = v.view(B, T, heads, self.head_width).transpose(1, 2)
         if shared.past is not None:
-            k, v = (
-                torch.cat([shared.past[name], new], 2) if shared.past else new for name, new in (("k", k), ("v", v))
-            )
+            if shared.past:
+                k, v = torch.cat([shared.past["k"], k], 2), torch.cat([shared.past["v"], v], 2)
             shared.past.update(k=k, v=v)
         y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
         return F.dropout(self.out(y if shared.gain is None else y * shared.gain), self.dropout, self.training)
@@ -265,8 +262,8 @@ class Stack(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block) and self.config.norm == "pre":  # comes after its parts
-            for writer in (module.attention.out, module.mlp.down):
-                writer.weight.data /= (2 * self.config.layers) ** 0.5
+            module.attention.out.weight.data /= (2 * self.config.layers) ** 0.5
+            module.mlp.down.weight.data /= (2 * self.config.layers) ** 0.5
 
     def encode(self, tokens, subnetwork=None, mask=None, past=None, types=None):
         """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them).
@@ -307,9 +304,7 @@ class Stack(nn.Module):
             visible = mask if width is None or self.relative is None else mask[:, width.heads[i]]
             shared = Shared(rotation, visible, None if past is None else past.setdefault(layer, {}), gain)
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= subnetwork.frozen):
-                if (
-                    self.recompute and torch.is_grad_enabled()
-                ):  # keep a block's input alone, and run it again for its gradient
+                if self.recompute and torch.is_grad_enabled():  # keep a block's input alone; run it again for gradients
                     x = checkpoint(self.blocks[layer], x, scales[i], shared, use_reentrant=False)
                 else:
                     x = self.blocks[layer](x, scales[i], shared)
@@ -425,9 +420,8 @@ def flops(config, sequences, targets, layers=None):
     backward pass is twice the forward. What `loss_chunk` and `--recompute` compute again is not counted.
     """
     C, T = config.width, config.seq
-    layer = (
-        2 * T * (4 * C * C + (3 if config.gated else 2) * C * config.mlp) + 2 * T * T * 2 * C
-    )  # products; scores, their use
+    products = 2 * T * (4 * C * C + (3 if config.gated else 2) * C * config.mlp)
+    layer = products + 2 * T * T * 2 * C  # scores, and their use
     head = 2 * targets * (C * config.padded_vocab + (C * C if config.arch == "bert" else 0))
     return 3 * sequences * ((config.layers if layers is None else layers) * layer + head)
 

@@ -52,8 +52,8 @@ def choose_rates(args, more):
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(trials, indent=1))
     trials = json.loads(file.read_text())
-    lowest = lambda losses: min((rate for rate in losses if losses[rate] != "did not end"), key=losses.get)  # noqa: E731
-    return {kind: float(lowest(losses)) for kind, losses in trials.items()}
+    ended = {kind: {r: x for r, x in losses.items() if x != "did not end"} for kind, losses in trials.items()}
+    return {kind: float(min(losses, key=losses.get)) for kind, losses in ended.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------
