@@ -31,7 +31,7 @@ LENGTHS = {1200: [*CENTRAL, "pld", "midas", "fusion"], 3600: [*CENTRAL, "pld", "
 RATES, TRIED_AT = (2e-3, 4e-3), 3600
 SETTING = ["--config=configs/ul2_toy.toml", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
 LEVEL = 0.02  # nats: intervals within this much of 0 are called level
-ROOT = Path("results")
+ROOT = Path("results")  # of all pages
 
 
 def flags_at(steps, more):
@@ -66,17 +66,20 @@ def differences(runs, arm, other):
 
 
 def change(lengths, arm, other):
-    """How much the difference of two arms changes from the shortest length to the longest, one number a seed."""
-    first, last = (differences(lengths[steps], arm, other) for steps in (min(lengths), max(lengths)))
-    return [b - a for a, b in zip(first, last)]
+    """How much the difference of two arms changes from the shortest length to the longest that both have, one number a
+    seed. None if there is only one."""
+    of_length = [d for steps in sorted(lengths) if (d := differences(lengths[steps], arm, other))]
+    return [b - a for a, b in zip(of_length[0], of_length[-1])] if len(of_length) > 1 else None
 
 
 def verdict(values, yes, no):
-    """yes, no or undecided, by two tests of the ends (low, high) of an interval."""
+    """yes, no or undecided, by two tests of the ends (low, high) of an interval. not run: without values."""
+    if not values:
+        return "not run"
     mean, half = stats.interval(values)
-    low, high = mean - (half or 0), mean + (half or 0)
     if half is None:
         return "undecided"
+    low, high = mean - half, mean + half
     return "yes" if yes(low, high) else "no" if no(low, high) else "undecided"
 
 
@@ -89,16 +92,18 @@ def stays(low, high):
 
 
 def verdicts(lengths):
-    """[(question, what was measured, verdict)], by the rules of results/LOG.md."""
+    """[(question, what was measured, verdict)], by the rules of results/LOG.md, which mean all of LENGTHS."""
     longest = max(lengths)
     gap, lead = change(lengths, "raptr", "full"), change(lengths, "raptr", "stacking")
     constant = differences(lengths[longest], "raptr", "constant")
-    return [
+    rows = [
         ("RaPTr's gap to full training closes with length", gap, verdict(gap, falls, stays)),
         ("stacking's lead over RaPTr goes with length", lead, verdict(lead, falls, stays)),
-        (f"RaPTr is at least level with constant-p at {longest} steps", constant,
+        ("RaPTr is at least level with constant-p", constant,
          verdict(constant, lambda low, high: high < LEVEL, lambda low, high: low > 0)),
     ]  # fmt: skip
+    missing = "" if longest == max(LENGTHS) else f", up to {longest} steps"
+    return [(question + missing, values, word) for question, values, word in rows]
 
 
 def write_page(lengths):
@@ -115,7 +120,8 @@ def write_page(lengths):
     head = ["", *(f"{tokens[n]:.1f}M tokens" for n in lengths)]
     lines = ["# Length", "", "Made again by `python -m studies.length --rebuild`, from the logs of results/length-*/."]
     lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
-    answers = [[question, stats.signed(stats.interval(values)), word] for question, values, word in verdicts(lengths)]
+    measured = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
+    answers = [[question, measured(values), word] for question, values, word in verdicts(lengths)]
     lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
     write(ROOT / "length" / "table.md", "\n".join(lines) + "\n")
     draw(tokens, points, ROOT / "length" / "length.png")
