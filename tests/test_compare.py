@@ -260,7 +260,9 @@ def test_a_run_that_never_began_is_not_finished(tmp_path):
     assert not compare.finished(tmp_path, ["--method=full"], "text") and compare.final_loss(tmp_path) == math.inf
 
 
-@pytest.mark.parametrize("name", ["short", "long", "ul2", "width", "mixture_garcia", "mixture_ul2", "length-1200"])
+@pytest.mark.parametrize(
+    "name", ["short", "long", "ul2", "width", "mixture_garcia", "mixture_ul2", "length-1200", "length-3600"]
+)
 def test_committed_tables_come_from_committed_logs(name, tmp_path):
     """Logs of older versions too, with flags that no longer exist."""
     committed, folder = ROOT / "results" / name, tmp_path / name
