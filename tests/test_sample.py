@@ -76,6 +76,34 @@ def test_bert_shows_a_path_beside_the_full_model(runs, text):
     assert again.returncode == 0 and "mask 1" in again.stdout
 
 
+def test_a_mask_takes_the_place_of_a_word_and_its_space(runs, text):
+    model, tokenizer, _ = sample.load_run(runs["bert"])
+    words = text[0].split()[:4]
+    before, after = tokenizer.encode(" ".join(words[:2])), tokenizer.encode(f" {words[3]}")
+    ids = [tokenizer.bos_id(), *before, tokenizer.piece_to_id("[MASK]"), *after, tokenizer.eos_id()]
+    logits = model.logits(torch.tensor([ids]), torch.tensor([[1 + len(before)]]))[0, :, : tokenizer.vocab_size()]
+    chances = sample.fill(model, tokenizer, f"{words[0]} {words[1]} [MASK] {words[3]}")
+    ratio = (logits[0, 5:].softmax(-1) / chances[0, 5:]).detach()
+    assert ratio.max() == pytest.approx(float(ratio.min()), rel=1e-3)  # equal but for the special tokens
+    assert sample.parts("a ___ b___ c", "___") == ["a", " b", " c"]
+
+
+def test_it_asks_about_held_out_sentences(runs, text):
+    """Each question comes with what the text says, and together they are a sentence of the text."""
+    sentences = {document.rstrip(".") + "." for document in text}
+    for arch, said in (("bert", "full model"), ("ul2", "«")):
+        shown = ask(runs[arch], "--held_out", 3, "--layers", 2, "--seed", 4)
+        assert shown.returncode == 0 and shown.stdout.count(said) >= 3, shown.stderr
+        lines = [line.strip() for line in shown.stdout.splitlines()]
+        answers = [i for i, line in enumerate(lines) if line.startswith("the text says: ")]
+        assert len(answers) == 3
+        for i in answers:
+            asked, answer = lines[i - 1], lines[i].removeprefix("the text says: ")
+            whole = asked.replace("[MASK]", answer) if arch == "bert" else f"{asked} {answer}"
+            assert whole in sentences
+        assert ask(runs[arch], "--held_out", 3, "--layers", 2, "--seed", 4).stdout == shown.stdout
+
+
 @pytest.mark.parametrize(
     "args, word",
     [(["bert", "no mask here"], "[MASK]"), (["bert", "[MASK] " * 40], "--seq"), (["ul2", "word " * 90], "--seq"),
