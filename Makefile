@@ -6,6 +6,7 @@ RUN = .venv/bin/python
 
 train: .venv/ready
 	$(RUN) train.py
+	$(RUN) -m tools.sample out/bert_toy-raptr-0 --held_out 3 --layers 3 --top 3 --seed 0
 
 test: .venv/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

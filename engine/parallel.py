@@ -22,7 +22,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  Before the process group is made: see `Ranks.close`.
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine import machine
 from engine.errors import Disagreement, Exit
@@ -152,7 +151,7 @@ class Ranks:
     def summing(self, parameters):
         """Within this context, a backward pass sums the gradients of all ranks, in buckets, while it runs. Parameters
         of skipped layers get no gradient, and nothing is sent for them. FSDP2 sums by itself."""
-        if self.size == 1 or any(isinstance(p, DTensor) for p in parameters):
+        if self.size == 1 or any(map(is_sharded, parameters)):
             yield
             return
         bucket, in_flight = [], []
@@ -265,13 +264,20 @@ def reshard(model):
         model.reshard()
 
 
+def is_sharded(tensor):
+    """Whether it is a DTensor, without importing that class, which takes half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
 def full(tensor):
     """A tensor in full. If it is sharded it is gathered, and all ranks must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def copy_into(target, tensor):
     """Copy a full tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
         tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(tensor)

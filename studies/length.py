@@ -4,7 +4,7 @@
     python -m studies.length --data corpus/books --lengths 1200,3600      only these
     python -m studies.length --rebuild                                    table and figure from the logs in results/
 
-A decoder of 12 x 128 on UL2's denoisers (configs/ul2_toy.toml), one pass over a text, at 1.333x. full, raptr and
+A decoder of 12 x 128 on UL2's seven denoisers, one pass over a text, at 1.333x. full, raptr and
 stacking each get the better of two learning rates, tried at the middle length on a seed and on held-out text that are
 not reported; every other arm takes the rate of its kind. Each length is one comparison of studies/compare.py, in
 results/length-STEPS/; what they say together is in results/length/. The rules of its verdicts were in results/LOG.md
@@ -16,6 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from data import UL2
 from engine import options
 from engine.errors import UserError, guard
 from engine.log import subplots, write
@@ -29,7 +30,8 @@ KINDS = {  # whose learning rate an arm takes
 CENTRAL = ["full", "full_flops", "raptr", "constant", "stacking"]  # at every length
 LENGTHS = {1200: [*CENTRAL, "pld", "midas", "fusion"], 3600: [*CENTRAL, "pld", "midas", "fusion"], 7200: CENTRAL}
 RATES, TRIED_AT = (2e-3, 4e-3), 3600
-SETTING = ["--config=configs/ul2_toy.toml", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
+SETTING = ["--config=configs/ul2_toy.toml", "--layers=12", "--width=128", "--mlp=320", "--init_std=0.088"]
+SETTING += ["--vocab=4096", f"--denoisers={UL2}", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
 LEVEL = 0.02  # nats: intervals within this much of 0 are called level
 ROOT = Path("results")  # of all pages
 

@@ -23,8 +23,11 @@ def at_once(monkeypatch):
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=at_once))
 
 
+TWELVE = ["--layers=12", "--width=128", "--steps=1600"]
+
+
 def base(*more):
-    return options.parse(["--method=full", *more])
+    return options.parse(["--method=full", *TWELVE, *more])
 
 
 def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
@@ -49,7 +52,7 @@ def test_every_schedule_costs_its_budget(arm, budget):
     except ValueError:
         assert (arm, budget) in {("pld", 3.0), ("decreasing", 2.0), ("decreasing", 3.0)}
         return
-    args = options.parse(["--steps=3000", "--heads=4", *flags])
+    args = options.parse([*TWELVE, "--steps=3000", "--heads=4", *flags])
     method = methods.choose(args)
     cost = 0.0
     for step in range(1, args.steps + 1):
@@ -190,7 +193,7 @@ def test_schedules_that_cannot_be_are_not_planned():
     with pytest.raises(ValueError):
         compare.schedule("raptr", base("--layers", "4"), 2)  # two pinned layers leave nothing to draw from
     warm = base("--full_warmup", "400")
-    args = options.parse([*compare.schedule("raptr", warm, 1.333), "--full_warmup=400"])
+    args = options.parse([*TWELVE, *compare.schedule("raptr", warm, 1.333), "--full_warmup=400"])
     method = methods.choose(args)
     assert sum(method.expected_layers(step) for step in range(1, 1601)) / 1600 == pytest.approx(9, abs=0.02)
 

@@ -208,7 +208,7 @@ def test_other_flags_are_refused_with_both_values(tiny):
     run = go(tiny)
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     shown = command(tiny, "--lr", "0.123")
-    assert shown.returncode == 2 and "0.123" in shown.stderr and "0.002" in shown.stderr
+    assert shown.returncode == 2 and "0.123" in shown.stderr and "0.004" in shown.stderr
     assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
 
 

@@ -28,7 +28,8 @@ from studies.figures import strip
 from text.corpus import open_corpus
 
 # The toy preset at half its width. UL2, because in few steps a BERT learns word frequencies and not much more.
-SMALL = "--config configs/ul2_toy.toml --width 64 --mlp 160 --init_std 0.125 --lr 5e-3 --eval_sequences 128"
+SMALL = "--config configs/ul2_toy.toml --layers 12 --width 64 --mlp 160 --vocab 4096 --init_std 0.125 --lr 5e-3"
+SMALL += " --lr_schedule linear --denoisers ul2 --eval_sequences 128"
 COLORS = {"full": "black", "RaPTr": "tab:red", "stacking": "tab:blue"}
 RANKS = parallel.Ranks("cpu")  # this process alone
 AUTOCAST = machine.autocast("cpu", machine.choose("cpu")[1])
