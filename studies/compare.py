@@ -252,6 +252,15 @@ def in_results(results, wanted, text):
     return known, json.loads((results / "table.json").read_text())["schedules"]
 
 
+def refuse_own(more):
+    """Raise UserError if `more`, flags of train.py for all arms, has one that a comparison sets itself."""
+    for flag in more:
+        if flag.split("=")[0] in ("--stages", "--alpha", "--mean_depth"):
+            raise UserError(f"{flag}: follows from the budget; it cannot be given")
+        if flag.split("=")[0] in ("--seed", "--method", "--out"):
+            raise UserError(f"{flag}: each run has its own; use --seeds and --methods")
+
+
 def refuse(run, different):
     """Raise UserError if flags of a run are different."""
     for name in different:
@@ -411,12 +420,7 @@ def main(argv=None):
     args, more = parser().parse_known_args(argv)
     if args.rebuild:
         return write_results(args.rebuild, args.time)
-    derived = ("--stages", "--alpha", "--mean_depth")
-    for flag in more:
-        if flag.split("=")[0] in derived:
-            raise UserError(f"{flag}: follows from --budget; it cannot be given")
-        if flag.split("=")[0] in ("--seed", "--method", "--out"):
-            raise UserError(f"{flag}: use --seeds, --methods or --name")
+    refuse_own(more)
     common = [f"--config={args.config}", *more]
     base = options.parse([*common, "--method=full"])
     command = shlex.join(["python", "-m", "studies.compare", *argv])

@@ -30,7 +30,7 @@ from pathlib import Path
 import methods
 from engine import options
 from engine.errors import UserError, guard
-from engine.log import subplots, write
+from engine.log import read_log, subplots, write
 from studies import compare, figures, stats
 from text.corpus import open_corpus
 
@@ -61,8 +61,8 @@ def train_first(folder, flags, run, margin):
     flags, first = [flag for flag in flags if flag != compare.FIRST], compare.first_of(folder)
     its = before(flags, margin)
     run(first, its)
-    last = stats.event(compare.summary(first, "", 0), "done")["step"]
-    if last > LIMIT:
+    begun, *_, end = read_log(first)
+    if end["step"] > LIMIT or end["loss"] > begun["unigram_loss"] - margin:
         raise UserError(f"{first}: did not get {margin:g} nats below predicting by frequency in {LIMIT} steps")
     return [*flags, f"--init={first}"]
 
@@ -143,11 +143,8 @@ def write_page(ways):
             rows.append([f"{arm} minus full", *(signed(minus(runs, arm, "full")) for runs in ways.values())])
     leads = [signed([*lead(runs).values()]) for runs in ways.values()]
     rows.append(["lead of stacking (full minus stacking)", *leads])
-    lines = [
-        "# Plateau",
-        "",
-        "Made again by `python -m studies.plateau --rebuild`, from the logs in results/plateau-*/.",
-    ]
+    again = "Made again by `python -m studies.plateau --rebuild`, from the logs in results/plateau-*/."
+    lines = ["# Plateau", "", again]
     lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
     for way in ways:
         lines += stats.made_by(json.loads((ROOT / f"plateau-{way}" / "table.json").read_text())["made"])
@@ -218,6 +215,7 @@ def main(argv=None):
     args, more = parser().parse_known_args(argv)
     if unknown := sorted(set(args.methods) - set(ARMS)):
         raise UserError(f"--methods {unknown[0]}: of {', '.join(ARMS)}")
+    compare.refuse_own(more)
     if not args.rebuild:
         text = corpora(args)
         for way in args.ways:
