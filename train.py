@@ -279,16 +279,25 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     def held_out_loss(*subnetworks):
         return evaluate(model, held_out, subnetworks, args.micro_batch, autocast, ranks)
 
+    def is_evaluated(step):
+        stage_ends = step == args.steps or method.stage(step + 1) != method.stage(step)
+        return stage_ends or (args.eval_every and step % args.eval_every == 0)
+
     examples, signals = method.examples(), machine.StopSignals()
     batches = data.prefetch(lambda step: objective.batch(args.seed, step, args.batch), run.step + 1, args.steps)
     hidden = None if ranks.first else True  # None: shown in a terminal only
     bar = tqdm(total=args.steps, initial=run.step, unit=" steps", disable=hidden, dynamic_ncols=True)
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
-    if run.step == args.steps:  # it was killed after its last checkpoint, and has only to say so
+    # --stop_below: the run ends at the first evaluation at or below this loss.
+    enough = objective.unigram_loss(held_out[2]) - args.stop_below if args.stop_below else -math.inf
+    step, last = run.step, run.step == args.steps
+    if last or (args.stop_below and step and is_evaluated(step)):
         full = held_out_loss(None)
-    else:
+        last = last or full <= enough  # it was killed after its last checkpoint, and has only to say so
+    if not last:
         ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
-    for step in range(run.step + 1, args.steps + 1):
+    while not last:
+        step += 1
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)
         stop_wanted = ranks.agree(step)  # raises if their paths differ
@@ -341,17 +350,17 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
 
         # 5. Evaluate the full model, and beside it some paths of each length; save.
         last = step == args.steps
-        stage_ends = last or method.stage(step + 1) != method.stage(step)
-        if stage_ends or (args.eval_every and step % args.eval_every == 0):
+        if is_evaluated(step):
             full = held_out_loss(None)
             shorter = {k: held_out_loss(*paths) for k, paths in examples.items()}
             run.record("eval", step=step, loss=full, flops=run.flops, subnetworks=shorter)
             shown = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
             say(f"step {step:>6}  held-out loss {full:.3f}{shown}")
+            last = last or full <= enough
         if last or (args.save_every and step % args.save_every == 0):
             run.save(step, model, optimizer, last)
     bar.close()
-    run.record("done", step=args.steps, loss=full, flops=run.flops, seconds=run.seconds)
+    run.record("done", step=step, loss=full, flops=run.flops, seconds=run.seconds)
 
 
 def start(args):

@@ -213,6 +213,8 @@ def saving_flags(add):
     add.flag("eval_sequences", count, 1024, "held-out sequences, the same for every run")
     text = "tuning: evaluate on other held-out sequences, for choosing settings"
     add.flag("eval_on", str, "held_out", text, choices=["held_out", "tuning"])
+    text = "end the run at the first evaluation that is so many nats below predicting by frequency; 0: at --steps"
+    add.flag("stop_below", nonnegative, 0.0, text)
     add.flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
     add.flag("keep", count, 2, "newest checkpoints to keep")
     add.flag("keep_every", natural, 0, "keep also those of every N-th step; 0: none")

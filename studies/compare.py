@@ -50,6 +50,7 @@ from text.corpus import open_corpus
 PARTS = {"raptr_width": "width", "raptr_both": "both"}
 ARMS = [*methods.METHODS, "full_flops", *PARTS, "fusion", "shallow", "shallow_flops"]
 PARENTS = "--init=PARENTS"  # a flag of `fusion`, until its parents are trained and fused
+FIRST = "--init=FIRST"  # a flag of a run that begins from another's weights, until that one is trained
 TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never reported
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -171,10 +172,12 @@ def plan(arms, base, budget):
 # Running
 
 
-def run_all(jobs, text, devices, count, may_diverge=False):
+def run_all(jobs, text, devices, count, may_diverge=False, train_first=None):
     """Train [(folder, flags), ...], `count` at a time, each on one GPU where there are some. Skips finished runs.
 
     text: fingerprint of the corpus. may_diverge: accept a run whose loss was not finite (exit code 3).
+    train_first: a function (folder, flags, run) for flags with FIRST in them. It trains by run(first_of(folder), ...)
+        and returns the flags that begin from there.
     Raises UserError if a run fails, or its folder holds a run with other flags.
     """
     free = queue.Queue()
@@ -184,6 +187,8 @@ def run_all(jobs, text, devices, count, may_diverge=False):
     def run(folder, flags):
         if PARENTS in flags:
             flags = with_parents(folder, flags, run)
+        elif FIRST in flags:
+            flags = train_first(folder, flags, run)
         if flags and not finished(folder, flags, text):
             device = free.get()
             env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if device is not None else {})
@@ -219,6 +224,11 @@ def parents_of(folder):
     return [folder.with_name(f"{folder.name}-parent{number}") for number in (1, 2)]
 
 
+def first_of(folder):
+    """Run folder of the run whose weights a run begins from."""
+    return folder.with_name(f"{folder.name}-first")
+
+
 def finished(folder, flags, text):
     """Whether a run is done. Raises UserError if it was another run: a table must not mix settings or texts."""
     if not (folder / "log.jsonl").exists():
@@ -240,6 +250,15 @@ def in_results(results, wanted, text):
         then = {**begun["flags"], "data_fingerprint": begun["data"]["fingerprint"]}
         refuse(f"{results}: {job[0]}-{job[1]}", must_match(then, {**now, "data_fingerprint": text}))
     return known, json.loads((results / "table.json").read_text())["schedules"]
+
+
+def refuse_own(more):
+    """Raise UserError if `more`, flags of train.py for all arms, has one that a comparison sets itself."""
+    for flag in more:
+        if flag.split("=")[0] in ("--stages", "--alpha", "--mean_depth"):
+            raise UserError(f"{flag}: follows from the budget; it cannot be given")
+        if flag.split("=")[0] in ("--seed", "--method", "--out"):
+            raise UserError(f"{flag}: each run has its own; use --seeds and --methods")
 
 
 def refuse(run, different):
@@ -276,7 +295,8 @@ def tune(flags, rates, seeds, common, out, *machine):
 
 def summary(folder, arm, seed):
     """One run as one object, with all its events but the single steps. A fusion also has `before`: the FLOPs and
-    seconds of its parents, and their layer FLOPs in layers of the fused network."""
+    seconds of its parents, and their layer FLOPs in layers of the fused network. A run that began from the
+    weights of another has that one as `first`."""
     events, times = read_log(folder), {}
     for e in events:
         if e["event"] == "step":
@@ -284,6 +304,8 @@ def summary(folder, arm, seed):
     # The median of steps of one size leaves out moments in which the machine was busy.
     seconds = math.fsum(len(of_a_size) * statistics.median(of_a_size) for of_a_size in times.values())
     run = {"arm": arm, "seed": seed, "seconds": seconds, "events": [e for e in events if e["event"] != "step"]}
+    if first_of(folder).exists():
+        run["first"] = summary(first_of(folder), arm, seed)
     if arm == "fusion":
         parents = [summary(parent, "parent", seed) for parent in parents_of(folder)]
         ends = [stats.event(parent, "done") for parent in parents]
@@ -370,8 +392,9 @@ def prepare(common, jobs):
     return common, (open_corpus(base.data, base.vocab).fingerprint, devices, jobs or max(1, len(devices)))
 
 
-def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=False):
-    """Run the arms {arm: flags} with every seed, and write results/NAME/. made: title, command and commit."""
+def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=False, train_first=None):
+    """Run the arms {arm: flags} with every seed, and write results/NAME/. made: title, command and commit. train_first:
+    see `run_all`."""
     out, results = Path("out/compare", name), Path("results", name)
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
@@ -382,7 +405,7 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     # Runs of an earlier start whose folders are not here, perhaps on another machine, count as they are in results/.
     known, schedules = in_results(results, {job: wanted[job] for job in jobs if not jobs[job].exists()}, machine[0])
     here = [job for job in jobs if job not in known or jobs[job].exists()]
-    run_all([(jobs[job], wanted[job]) for job in here], *machine)
+    run_all([(jobs[job], wanted[job]) for job in here], *machine, train_first=train_first)
     known |= {job: summary(jobs[job], *job) for job in here}
     schedules |= {arm: as_text(flags[arm]) for arm in flags}
     runs = [known[job] for job in sorted(known, key=lambda job: (job[1], [*schedules].index(job[0])))]
@@ -397,12 +420,7 @@ def main(argv=None):
     args, more = parser().parse_known_args(argv)
     if args.rebuild:
         return write_results(args.rebuild, args.time)
-    derived = ("--stages", "--alpha", "--mean_depth")
-    for flag in more:
-        if flag.split("=")[0] in derived:
-            raise UserError(f"{flag}: follows from --budget; it cannot be given")
-        if flag.split("=")[0] in ("--seed", "--method", "--out"):
-            raise UserError(f"{flag}: use --seeds, --methods or --name")
+    refuse_own(more)
     common = [f"--config={args.config}", *more]
     base = options.parse([*common, "--method=full"])
     command = shlex.join(["python", "-m", "studies.compare", *argv])

@@ -74,8 +74,9 @@ def strips(runs, path):
 
 
 def band(axes, x, samples, style="-", alpha=0.2, **more):
-    """Plot the mean of samples [(values at one x), ...], in a band of one standard deviation."""
-    means, stds = ([of(values) for values in samples] for of in (statistics.mean, statistics.stdev))
+    """Plot the mean of samples [(values at one x), ...], in a band of one standard deviation (0 for one value)."""
+    means = [statistics.mean(values) for values in samples]
+    stds = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in samples]
     line = axes.plot(x, means, style, **more)[0]
     low, high = ([mean + sign * std for mean, std in zip(means, stds)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=line.get_color(), alpha=alpha, lw=0)

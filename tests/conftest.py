@@ -2,6 +2,8 @@
 
 import os
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -9,6 +11,8 @@ import pytest  # noqa: E402
 
 import train  # noqa: E402
 from engine import options  # noqa: E402
+from processes import script  # noqa: E402
+from studies import compare  # noqa: E402
 from text import prepare  # noqa: E402
 
 
@@ -59,3 +63,10 @@ def runs(corpus, tmp_path_factory):
         assert train.start(options.parse([*flags.split(), "--data", str(corpus), "--out", str(out)])) == 0
         made[arch] = out
     return made
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The trainings of a comparison start as the other processes of the tests do."""
+    at_once = lambda command, **_: script(*command[1:], cwd=Path.cwd())  # noqa: E731
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=at_once))

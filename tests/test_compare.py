@@ -1,8 +1,6 @@
 import json
 import math
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,12 +13,7 @@ from studies import compare, figures, stats
 from text import prepare
 from text.corpus import Corpus
 
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """The trainings of a comparison start as the other processes of the tests do."""
-    at_once = lambda command, **_: script(*command[1:], cwd=Path.cwd())  # noqa: E731
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=at_once))
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 TWELVE = ["--layers=12", "--width=128", "--steps=1600"]

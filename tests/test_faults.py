@@ -102,6 +102,26 @@ def test_killed_between_the_last_checkpoint_and_the_end(flags, method, world):
         assert {**events(run)[-1], "seconds": 0} == {**before[-1], "seconds": 0}
 
 
+def test_a_run_that_ends_at_a_loss(flags):
+    """--stop_below: at the first evaluation so far below predicting by frequency, however often it was killed."""
+    learns = "--lr 5e-3 --init_std 0.125 --steps 400 --warmup 10 --stages 4-4-4 --eval_every 10".split()
+    flags = [*flags, *learns, "--dropout", "0", "--save_every", "15"]
+    run = go([*flags, "--stop_below", "0.02"])
+    enough = events(run, "run")[0]["unigram_loss"] - 0.02
+    *above, below = events(run, "eval")
+    assert below["loss"] <= enough < min(e["loss"] for e in above)
+    end = below["step"]
+    assert [e["event"] for e in events(run)[-3:]] == ["eval", "save", "done"]
+    assert events(run)[-1]["step"] == trajectory(run)[-1]["step"] == end < 400
+    expected, final, lines = trajectory(run), weights(run), (run / "log.jsonl").read_text().splitlines()
+    (run / "log.jsonl").write_text("".join(line + "\n" for line in lines[:-1]))  # killed between checkpoint and end
+    assert Run([*flags, "--stop_below", "0.02"], 2).end()[0] == [0, 0]
+    assert trajectory(run) == expected and same(weights(run), final) and events(run)[-1]["step"] == end
+    shutil.rmtree(max(run.glob("step_*[0-9]")))  # killed before its last checkpoint
+    assert Run([*flags, "--stop_below", "0.02"]).end()[0] == [0]
+    assert trajectory(run) == expected and same(weights(run), final) and events(run)[-1]["step"] == end
+
+
 # ---- a crash inside a save
 
 

@@ -1,0 +1,240 @@
+"""Does the plateau of word frequencies explain stacking's lead over full training on a small BERT?
+
+    python -m studies.plateau --jobs 2                                            on the manual of Python and torch
+    python -m studies.plateau --data corpus/books --data_small corpus/books-1024  on your text, prepared twice
+    python -m studies.plateau --data corpus/books --ways as_is,past               only these ways
+    python -m studies.plateau --rebuild                                           table and figure from the logs
+
+A small BERT first learns word frequencies, and stays there for a while. Shallow networks leave this plateau sooner. The
+setting is that of results/short (12 x 128, 1200 steps, at 1.333x), with one learning rate, 2e-3, for all arms. It is
+compared in three ways:
+
+    as_is          as it is
+    past           every arm begins past the plateau
+    short_plateau  with a vocabulary of 1024, which shortens the plateau
+
+In `past` each arm trains its own first stage, at a constant learning rate after the warm-up, until its loss on held-out
+text that is not reported is 0.3 nats below predicting by frequency. It looks every 25 steps. The arm proper begins from
+these weights, with a fresh optimizer, other batches and its whole schedule. What came before does not count, and is in
+the table. Each way is one comparison of studies/compare.py, in results/plateau-WAY/; what they say together is in
+results/plateau/. The rule of the verdict was in results/LOG.md before the first run.
+"""
+
+import functools
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import methods
+from engine import options
+from engine.errors import UserError, guard
+from engine.log import read_log, subplots, write
+from studies import compare, figures, stats
+from text.corpus import open_corpus
+
+WAYS = ["as_is", "past", "short_plateau"]
+ARMS = ["full", "full_flops", "raptr", "constant", "stacking"]
+SETTING = ["--config=configs/bert_toy.toml", "--lr=2e-3", "--lr_schedule=wsd", "--steps=1200", "--eval_every=100"]
+SETTING += ["--save_every=0", "--eval_sequences=512"]
+SMALL_VOCAB = 1024
+# The run before an arm: constant learning rate (a decay in the last step only), looked at often on fewer sequences.
+BEFORE = ["--warmup=72", "--lr_schedule=wsd", "--decay=1e-9", "--eval_on=tuning", "--eval_every=25"]
+LIMIT = 1200  # steps in which an arm must leave the plateau
+BEFORE_SEED = 500  # added to the seed of the run before: other weights and batches than those of any arm
+ROOT = Path("results")  # of all pages
+
+
+def before(flags, margin):
+    """Flags of the run before an arm: its own, with a plan stretched so that its first stage lasts LIMIT steps."""
+    args = options.parse(flags)
+    stages = methods.choose(args).stage(args.steps) + 1
+    its = {"steps": stages * LIMIT, "stop_below": margin, "seed": args.seed + BEFORE_SEED}
+    its["eval_sequences"] = -(-args.eval_sequences // 2)
+    return [*flags, *BEFORE, *(f"--{name}={value}" for name, value in its.items())]
+
+
+def train_first(folder, flags, run, margin):
+    """Train an arm past the plateau. Returns the flags that begin from there. Raises UserError if it does not get there
+    within its first stage."""
+    flags, first = [flag for flag in flags if flag != compare.FIRST], compare.first_of(folder)
+    its = before(flags, margin)
+    run(first, its)
+    begun, *_, end = read_log(first)
+    if end["step"] > LIMIT or end["loss"] > begun["unigram_loss"] - margin:
+        raise UserError(f"{first}: did not get {margin:g} nats below predicting by frequency in {LIMIT} steps")
+    return [*flags, f"--init={first}"]
+
+
+def corpora(args):
+    """{way: flags that name its text}. Raises UserError if the second text does not have the smaller vocabulary."""
+    large = [f"--data={args.data}"]
+    small = [f"--data={args.data_small or args.data}", f"--vocab={SMALL_VOCAB}"]
+    if "short_plateau" in args.ways:
+        vocab = open_corpus(args.data_small or args.data, SMALL_VOCAB).vocab
+        if vocab > SMALL_VOCAB:
+            rule = f"short_plateau needs the text prepared with --vocab {SMALL_VOCAB}, as --data_small"
+            raise UserError(f"{args.data_small or args.data}: has a vocabulary of {vocab}; {rule}")
+    return {"as_is": large, "past": large, "short_plateau": small}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What the ways say together
+
+
+def lead(runs):
+    """{seed: loss of full training minus loss of stacking}."""
+    losses = {(run["arm"], run["seed"]): stats.loss(run) for run in runs}
+    seeds = sorted(seed for arm, seed in losses if arm == "full" and ("stacking", seed) in losses)
+    return {seed: losses["full", seed] - losses["stacking", seed] for seed in seeds}
+
+
+def verdict(as_is, past):
+    """yes, no or undecided, by rule 1 of results/LOG.md, from the lead of each seed as it is and past the plateau. "at
+    least half" compares the means. not run: without values."""
+    if not (as_is and past):
+        return "not run"
+    if len(as_is) < 2:
+        return "undecided"
+    (mean, half), (mean_past, half_past) = stats.interval(as_is), stats.interval(past)
+    shrinks, half_shrinks = stats.interval([a - b for a, b in zip(as_is, past)])
+    remains = mean_past - half_past > 0
+    if mean - half > 0 and shrinks - half_shrinks > 0 and not remains:
+        return "yes"
+    return "no" if remains and mean_past >= mean / 2 else "undecided"
+
+
+def answers(ways):
+    """Rows of the table: lead as it is, past the plateau, how much it shrinks, and the verdict."""
+    leads = {way: lead(ways.get(way, [])) for way in ("as_is", "past")}
+    seeds = sorted(leads["as_is"].keys() & leads["past"].keys())
+    as_is, past = ([leads[way][seed] for seed in seeds] for way in ("as_is", "past"))
+    shrinks = stats.signed(stats.interval([a - b for a, b in zip(as_is, past)])) if seeds else ""
+    return [["the plateau explains stacking's lead on a small BERT", shrinks, verdict(as_is, past)]]
+
+
+def first_rows(runs):
+    """A row for each arm: what it took to get past the plateau."""
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        its = [run for run in runs if run["arm"] == arm]
+        ends = [stats.event(run["first"], "done") for run in its]
+        shares = [end["flops"] / stats.event(run, "done")["flops"] for end, run in zip(ends, its)]
+        steps = ", ".join(str(end["step"]) for end in ends)
+        below = [stats.event(run["first"], "run")["unigram_loss"] - end["loss"] for end, run in zip(ends, its)]
+        flops = f"{statistics.mean(end['flops'] for end in ends):.2e}"
+        rows.append([arm, steps, flops, f"{statistics.mean(shares):.2f}", f"{statistics.mean(below):.2f}"])
+    return rows
+
+
+def write_page(ways):
+    """results/plateau/table.md and plateau.png, from {way: runs}."""
+    arms = list(dict.fromkeys(run["arm"] for runs in ways.values() for run in runs))
+    difference = lambda a, b: stats.loss(a) - stats.loss(b)  # noqa: E731
+    minus = lambda runs, arm, other: stats.paired(runs, arm, other, difference)  # noqa: E731
+    signed = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
+    of_full = [[stats.loss(run) for run in runs if run["arm"] == "full"] for runs in ways.values()]
+    unigram = [f"{stats.event(runs[0], 'run')['unigram_loss']:.3f}" for runs in ways.values()]
+    rows = [["predicting by frequency", *unigram]]
+    rows += [["full, held-out loss", *(stats.spread(losses) if losses else "" for losses in of_full)]]
+    for arm in arms:
+        if arm != "full":
+            rows.append([f"{arm} minus full", *(signed(minus(runs, arm, "full")) for runs in ways.values())])
+    leads = [signed([*lead(runs).values()]) for runs in ways.values()]
+    rows.append(["lead of stacking (full minus stacking)", *leads])
+    again = "Made again by `python -m studies.plateau --rebuild`, from the logs in results/plateau-*/."
+    lines = ["# Plateau", "", again]
+    lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
+    for way in ways:
+        lines += stats.made_by(json.loads((ROOT / f"plateau-{way}" / "table.json").read_text())["made"])
+    lines += [*stats.table(["", *ways], rows), ""]
+    lines += [*stats.table(["question", "the lead shrinks by", "verdict"], answers(ways)), ""]
+    if "past" in ways:
+        margin = stats.event(ways["past"][0]["first"], "run")["flags"]["stop_below"]
+        lines += [f"## Getting {margin:g} nats below predicting by frequency", ""]
+        lines += ["Not counted above. Steps of each seed; FLOPs, mean of the seeds, also as a share of the arm's own."]
+        head = ["arm", "steps", "FLOPs", "share of the arm's own", "nats below"]
+        lines += ["", *stats.table(head, first_rows(ways["past"]))]
+    (ROOT / "plateau").mkdir(parents=True, exist_ok=True)
+    write(ROOT / "plateau" / "table.md", "\n".join(lines) + "\n")
+    draw(ways, arms, ROOT / "plateau" / "plateau.png")
+    print("\n".join(lines))
+
+
+def draw(ways, arms, path):
+    """Held-out loss against steps: a panel for each way, a mean and its band for each arm."""
+    figure, grid = subplots(4.2 * len(ways) + 0.8, 4.2, 1, len(ways), squeeze=False)
+    for axes, (way, runs) in zip(grid[0], ways.items()):
+        for number, arm in enumerate(arms):
+            curves = [
+                {e["step"]: e["loss"] for e in run["events"] if e["event"] == "eval"}
+                for run in runs
+                if run["arm"] == arm
+            ]
+            if curves:
+                samples = [[curve[step] for curve in curves] for step in curves[0]]
+                style = {"color": f"C{number}", "lw": 1.8 if arm in ("full", "stacking") else 1.2, "label": arm}
+                figures.band(axes, list(curves[0]), samples, **style)
+        unigram = stats.event(runs[0], "run")["unigram_loss"]
+        axes.axhline(unigram, color="0.5", ls=":", lw=1)
+        axes.annotate("predicting by frequency", (1, unigram), xycoords=("axes fraction", "data"), ha="right",
+                      va="bottom", color="0.4", fontsize=8)  # fmt: skip
+        axes.set(xlabel="step", title=way.replace("_", " "))
+    grid[0][0].set_ylabel("held-out loss (nats), mean ± std over seeds")
+    grid[0][-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def ways(text):
+    """An argparse type: ways with commas."""
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(WAYS)):
+        raise options.argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; of {', '.join(WAYS)}")
+    return names
+
+
+def parser():
+    parser = options.command("studies.plateau", __doc__)
+    parser.add_argument("--data", default="", help="text or prepared corpus, vocabulary 4096 [docstrings]")
+    parser.add_argument("--data_small", default="", help=f"the same text, vocabulary {SMALL_VOCAB} [--data]")
+    parser.add_argument("--ways", type=ways, default=WAYS, help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--methods", type=compare.arms, default=ARMS, help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--margin", type=options.positive, default=0.3, help="nats past the plateau [0.3]")
+    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
+    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time")
+    parser.add_argument("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
+    return parser
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args, more = parser().parse_known_args(argv)
+    if unknown := sorted(set(args.methods) - set(ARMS)):
+        raise UserError(f"--methods {unknown[0]}: of {', '.join(ARMS)}")
+    compare.refuse_own(more)
+    if not args.rebuild:
+        text = corpora(args)
+        for way in args.ways:
+            common, machine = compare.prepare([*SETTING, *text[way], *more], args.jobs)
+            base = options.parse([*common, "--method=full"])
+            flags = compare.plan(args.methods, base, 4 / 3)
+            if way == "past":
+                flags = {arm: [*its, compare.FIRST] for arm, its in flags.items()}
+            size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
+            made = {"title": f"plateau-{way}: {size}, at 1.333x", "commit": stats.commit()}
+            made["command"] = shlex.join(["python", "-m", "studies.plateau", *argv])
+            past = functools.partial(train_first, margin=args.margin)
+            compare.compare(f"plateau-{way}", flags, range(args.seeds), common, machine, made, train_first=past)
+    folders = {way: ROOT / f"plateau-{way}" for way in WAYS}
+    found = {way: stats.read_runs(folder) for way, folder in folders.items() if (folder / "runs.jsonl").exists()}
+    if not found:
+        raise UserError("results/: no plateau-WAY in it")
+    write_page(found)
+
+
+if __name__ == "__main__":
+    guard("studies.plateau", main)
