@@ -37,7 +37,8 @@ from text.corpus import open_corpus
 WAYS = ["as_is", "past", "short_plateau"]
 ARMS = ["full", "full_flops", "raptr", "constant", "stacking"]
 SETTING = ["--config=configs/bert_toy.toml", "--layers=12", "--width=128", "--init_std=0.088", "--vocab=4096"]
-SETTING += ["--lr=2e-3", "--lr_schedule=wsd", "--steps=1200", "--eval_every=100", "--save_every=0", "--eval_sequences=512"]
+SETTING += ["--lr=2e-3", "--lr_schedule=wsd", "--steps=1200", "--eval_every=100", "--save_every=0"]
+SETTING += ["--eval_sequences=512"]
 SMALL_VOCAB = 1024
 # The run before an arm: constant learning rate (a decay in the last step only), looked at often on fewer sequences.
 BEFORE = ["--warmup=72", "--lr_schedule=wsd", "--decay=1e-9", "--eval_on=tuning", "--eval_every=25"]

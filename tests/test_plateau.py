@@ -50,7 +50,7 @@ def test_the_run_before_is_the_arms_first_stage(method, layers):
     import train
     from engine import options
 
-    flags = ["--layers=4", "--steps=90", "--seed=1", *plateau.SETTING, f"--method={method}"]
+    flags = [*plateau.SETTING, "--layers=4", "--steps=90", "--seed=1", f"--method={method}"]
     first, arm = options.parse(plateau.before(flags, 0.3)), options.parse(flags)
     its = methods.choose(first)
     assert {its.expected_layers(step) for step in (1, plateau.LIMIT)} == {layers}
