@@ -1,6 +1,6 @@
 """Train a transformer, one subnetwork per step. Read it from top to bottom.
 
-    python train.py                                         a 12-layer BERT by RaPTr, minutes on a laptop
+    python train.py                                         a small BERT by RaPTr, minutes on a laptop
     python train.py --method full --out out/full            the same by full training
     torchrun --nproc_per_node 8 train.py --config configs/bert_base.toml          the paper's size
 

@@ -1,9 +1,9 @@
 """Ask a trained model: a BERT fills masks, a UL2 continues a text or fills its gaps.
 
     python -m tools.sample out/bert_toy-raptr-0 "If the [MASK] is empty, [MASK] is returned."
-    python -m tools.sample out/ul2_toy-raptr-0 "Return a new"
+    python -m tools.sample out/ul2_toy-raptr-0 "Return the"
     python -m tools.sample out/ul2_toy-raptr-0 "Return a ___ of all elements that ___."
-    python -m tools.sample RUN TEXT --layers 6          the full model, and beside it a random path of 6 layers
+    python -m tools.sample RUN TEXT --layers 3          the full model, and beside it a random path of 3 layers
     python -m tools.sample RUN --held_out 3             ask about three sentences that it has not seen
 
 Without a text it asks for one, again and again. Not here: decoding with a cache (UL2.generate in model.py).
