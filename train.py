@@ -273,27 +273,26 @@ def main(args, ranks):
         log.summarize(run.folder)
 
 
+def is_evaluated(args, method, step):
+    """Whether the held-out loss is measured after a step: where a stage ends, and every --eval_every steps."""
+    stage_ends = step == args.steps or method.stage(step + 1) != method.stage(step)
+    return stage_ends or (args.eval_every and step % args.eval_every == 0)
+
+
 def loop(args, ranks, run, method, objective, config, model, optimizer, held_out, autocast):
-    """Train from run.step + 1 to the last step."""
+    """Train from run.step + 1 to the last step, or to the first evaluation that is good enough for --stop_below."""
 
     def held_out_loss(*subnetworks):
         return evaluate(model, held_out, subnetworks, args.micro_batch, autocast, ranks)
 
-    def is_evaluated(step):
-        stage_ends = step == args.steps or method.stage(step + 1) != method.stage(step)
-        return stage_ends or (args.eval_every and step % args.eval_every == 0)
-
     examples, signals = method.examples(), machine.StopSignals()
     batches = data.prefetch(lambda step: objective.batch(args.seed, step, args.batch), run.step + 1, args.steps)
-    hidden = None if ranks.first else True  # None: shown in a terminal only
-    bar = tqdm(total=args.steps, initial=run.step, unit=" steps", disable=hidden, dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=run.step, unit=" steps", disable=not ranks.first or None, dynamic_ncols=True)
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
-    # --stop_below: the run ends at the first evaluation at or below this loss.
     enough = objective.unigram_loss(held_out[2]) - args.stop_below if args.stop_below else -math.inf
-    step, last = run.step, run.step == args.steps
-    if last or (args.stop_below and step and is_evaluated(step)):
-        full = held_out_loss(None)
-        last = last or full <= enough  # it was killed after its last checkpoint, and has only to say so
+    step = run.step
+    full = held_out_loss(None) if step and is_evaluated(args, method, step) else math.inf
+    last = step == args.steps or full <= enough  # it was killed after its last checkpoint, and has only to say so
     if not last:
         ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
     while not last:
@@ -325,13 +324,12 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         for group in optimizer.param_groups:
             group["lr"] = lr
         layers = list(subnetwork.layers) if subnetwork else list(range(len(model.blocks)))
-        dropout_seed = int(rng(args.seed, "dropout", step).integers(1 << 62))
+        seed = int(rng(args.seed, "dropout", step).integers(1 << 62))
         # The next path travels with this step's loss, so that ranks compare both in one exchange.
         following = method.subnetwork(step + 1) if step < args.steps else None
         exchange = functools.partial(ranks.exchange, step=step + 1, subnetwork=following, stop=signals)
         try:
-            how = (args, ranks, autocast, dropout_seed, exchange)
-            loss, norm, sent = train_step(model, optimizer, batch, subnetwork, *how)
+            loss, norm, sent = train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, seed, exchange)
         except NotFinite as error:
             raise NotFinite(where(error, step, layers, args, objective, ranks)) from None
         took = time.perf_counter() - began
@@ -344,18 +342,18 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         tokens, stage = step * args.batch * args.seq, method.stage(step)
         run.record("step", step=step, loss=loss, grad_norm=norm, lr=lr, stage=stage, layers=layers, **share,
                    tokens=tokens, flops=run.flops, seconds=took, bytes_reduced=sent)  # fmt: skip
-        speed = args.batch * args.seq / took
-        bar.set_postfix_str(f"loss {loss:.3f}, stage {stage}, {len(layers)} layers, {speed:,.0f} tokens/s")
+        speed = f"{args.batch * args.seq / took:,.0f} tokens/s"
+        bar.set_postfix_str(f"loss {loss:.3f}, stage {stage}, {len(layers)} layers, {speed}")
         bar.update()
 
         # 5. Evaluate the full model, and beside it some paths of each length; save.
         last = step == args.steps
-        if is_evaluated(step):
+        if is_evaluated(args, method, step):
             full = held_out_loss(None)
             shorter = {k: held_out_loss(*paths) for k, paths in examples.items()}
             run.record("eval", step=step, loss=full, flops=run.flops, subnetworks=shorter)
-            shown = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
-            say(f"step {step:>6}  held-out loss {full:.3f}{shown}")
+            paths = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
+            say(f"step {step:>6}  held-out loss {full:.3f}{paths}")
             last = last or full <= enough
         if last or (args.save_every and step % args.save_every == 0):
             run.save(step, model, optimizer, last)
