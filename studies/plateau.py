@@ -20,6 +20,7 @@ the table. Each way is one comparison of studies/compare.py, in results/plateau-
 results/plateau/. The rule of the verdict was in results/LOG.md before the first run.
 """
 
+import argparse
 import functools
 import json
 import shlex
@@ -32,6 +33,7 @@ from engine import options
 from engine.errors import UserError, guard
 from engine.log import read_log, subplots, write
 from studies import compare, figures, stats
+from studies.length import differences
 from text.corpus import open_corpus
 
 WAYS = ["as_is", "past", "short_plateau"]
@@ -60,8 +62,7 @@ def train_first(folder, flags, run, margin):
     """Train an arm past the plateau. Returns the flags that begin from there. Raises UserError if it does not get there
     within its first stage."""
     flags, first = [flag for flag in flags if flag != compare.FIRST], compare.first_of(folder)
-    its = before(flags, margin)
-    run(first, its)
+    run(first, before(flags, margin))
     begun, *_, end = read_log(first)
     if end["step"] > LIMIT or end["loss"] > begun["unigram_loss"] - margin:
         raise UserError(f"{first}: did not get {margin:g} nats below predicting by frequency in {LIMIT} steps")
@@ -70,14 +71,12 @@ def train_first(folder, flags, run, margin):
 
 def corpora(args):
     """{way: flags that name its text}. Raises UserError if the second text does not have the smaller vocabulary."""
+    small = args.data_small or args.data
+    if "short_plateau" in args.ways and (vocab := open_corpus(small, SMALL_VOCAB).vocab) > SMALL_VOCAB:
+        rule = f"short_plateau needs the text prepared with --vocab {SMALL_VOCAB}, as --data_small"
+        raise UserError(f"{small}: has a vocabulary of {vocab}; {rule}")
     large = [f"--data={args.data}"]
-    small = [f"--data={args.data_small or args.data}", f"--vocab={SMALL_VOCAB}"]
-    if "short_plateau" in args.ways:
-        vocab = open_corpus(args.data_small or args.data, SMALL_VOCAB).vocab
-        if vocab > SMALL_VOCAB:
-            rule = f"short_plateau needs the text prepared with --vocab {SMALL_VOCAB}, as --data_small"
-            raise UserError(f"{args.data_small or args.data}: has a vocabulary of {vocab}; {rule}")
-    return {"as_is": large, "past": large, "short_plateau": small}
+    return {"as_is": large, "past": large, "short_plateau": [f"--data={small}", f"--vocab={SMALL_VOCAB}"]}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -106,13 +105,13 @@ def verdict(as_is, past):
     return "no" if remains and mean_past >= mean / 2 else "undecided"
 
 
-def answers(ways):
-    """Rows of the table: lead as it is, past the plateau, how much it shrinks, and the verdict."""
+def answer(ways):
+    """A row of the table: the question, by how much the lead shrinks past the plateau, and the verdict."""
     leads = {way: lead(ways.get(way, [])) for way in ("as_is", "past")}
     seeds = sorted(leads["as_is"].keys() & leads["past"].keys())
     as_is, past = ([leads[way][seed] for seed in seeds] for way in ("as_is", "past"))
     shrinks = stats.signed(stats.interval([a - b for a, b in zip(as_is, past)])) if seeds else ""
-    return [["the plateau explains stacking's lead on a small BERT", shrinks, verdict(as_is, past)]]
+    return ["the plateau of word frequencies explains stacking's lead", shrinks, verdict(as_is, past)]
 
 
 def first_rows(runs):
@@ -131,26 +130,23 @@ def first_rows(runs):
 
 def write_page(ways):
     """results/plateau/table.md and plateau.png, from {way: runs}."""
-    arms = list(dict.fromkeys(run["arm"] for runs in ways.values() for run in runs))
-    difference = lambda a, b: stats.loss(a) - stats.loss(b)  # noqa: E731
-    minus = lambda runs, arm, other: stats.paired(runs, arm, other, difference)  # noqa: E731
+    arms = [arm for arm in ARMS if any(run["arm"] == arm for runs in ways.values() for run in runs)]
     signed = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
     of_full = [[stats.loss(run) for run in runs if run["arm"] == "full"] for runs in ways.values()]
     unigram = [f"{stats.event(runs[0], 'run')['unigram_loss']:.3f}" for runs in ways.values()]
     rows = [["predicting by frequency", *unigram]]
-    rows += [["full, held-out loss", *(stats.spread(losses) if losses else "" for losses in of_full)]]
+    rows.append(["full, held-out loss", *(stats.spread(losses) if losses else "" for losses in of_full)])
     for arm in arms:
         if arm != "full":
-            rows.append([f"{arm} minus full", *(signed(minus(runs, arm, "full")) for runs in ways.values())])
-    leads = [signed([*lead(runs).values()]) for runs in ways.values()]
-    rows.append(["lead of stacking (full minus stacking)", *leads])
-    again = "Made again by `python -m studies.plateau --rebuild`, from the logs in results/plateau-*/."
-    lines = ["# Plateau", "", again]
+            rows.append([f"{arm} minus full", *(signed(differences(runs, arm, "full")) for runs in ways.values())])
+    rows.append(["lead of stacking (full minus stacking)", *(signed([*lead(runs).values()]) for runs in ways.values())])
+    lines = ["# Plateau", "", "Made again by `python -m studies.plateau --rebuild`, from logs in results/plateau-*/."]
     lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
     for way in ways:
-        lines += stats.made_by(json.loads((ROOT / f"plateau-{way}" / "table.json").read_text())["made"])
-    lines += [*stats.table(["", *ways], rows), ""]
-    lines += [*stats.table(["question", "the lead shrinks by", "verdict"], answers(ways)), ""]
+        made = json.loads((ROOT / f"plateau-{way}" / "table.json").read_text())["made"]
+        lines += [f"- {way}: {line}" for line in stats.made_by(made) if line]
+    lines += ["", *stats.table(["", *ways], rows), ""]
+    lines += [*stats.table(["question", "the lead shrinks by", "verdict"], [answer(ways)]), ""]
     if "past" in ways:
         margin = stats.event(ways["past"][0]["first"], "run")["flags"]["stop_below"]
         lines += [f"## Getting {margin:g} nats below predicting by frequency", ""]
@@ -168,15 +164,11 @@ def draw(ways, arms, path):
     figure, grid = subplots(4.2 * len(ways) + 0.8, 4.2, 1, len(ways), squeeze=False)
     for axes, (way, runs) in zip(grid[0], ways.items()):
         for number, arm in enumerate(arms):
-            curves = [
-                {e["step"]: e["loss"] for e in run["events"] if e["event"] == "eval"}
-                for run in runs
-                if run["arm"] == arm
-            ]
-            if curves:
-                samples = [[curve[step] for curve in curves] for step in curves[0]]
-                style = {"color": f"C{number}", "lw": 1.8 if arm in ("full", "stacking") else 1.2, "label": arm}
-                figures.band(axes, list(curves[0]), samples, **style)
+            evals = [[e for e in run["events"] if e["event"] == "eval"] for run in runs if run["arm"] == arm]
+            if evals:
+                steps, losses = ([[e[key] for e in its] for its in evals] for key in ("step", "loss"))
+                style = {"color": f"C{number}", "lw": 2 if arm in ("full", "stacking") else 1.2, "label": arm}
+                figures.band(axes, steps[0], list(zip(*losses)), alpha=0.12, **style)
         unigram = stats.event(runs[0], "run")["unigram_loss"]
         axes.axhline(unigram, color="0.5", ls=":", lw=1)
         axes.annotate("predicting by frequency", (1, unigram), xycoords=("axes fraction", "data"), ha="right",
@@ -190,11 +182,11 @@ def draw(ways, arms, path):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def ways(text):
+def several_ways(text):
     """An argparse type: ways with commas."""
     names = text.split(",")
     if unknown := sorted(set(names) - set(WAYS)):
-        raise options.argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; of {', '.join(WAYS)}")
+        raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; of {', '.join(WAYS)}")
     return names
 
 
@@ -202,7 +194,7 @@ def parser():
     parser = options.command("studies.plateau", __doc__)
     parser.add_argument("--data", default="", help="text or prepared corpus, vocabulary 4096 [docstrings]")
     parser.add_argument("--data_small", default="", help=f"the same text, vocabulary {SMALL_VOCAB} [--data]")
-    parser.add_argument("--ways", type=ways, default=WAYS, help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--ways", type=several_ways, default=WAYS, help=f"of {', '.join(WAYS)}")
     parser.add_argument("--methods", type=compare.arms, default=ARMS, help=f"of {', '.join(ARMS)}")
     parser.add_argument("--margin", type=options.positive, default=0.3, help="nats past the plateau [0.3]")
     parser.add_argument("--seeds", type=options.count, default=3, help="how many")

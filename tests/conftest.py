@@ -2,6 +2,7 @@
 
 import os
 import random
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,5 +69,6 @@ def runs(corpus, tmp_path_factory):
 @pytest.fixture
 def at_once(monkeypatch):
     """The trainings of a comparison start as the other processes of the tests do."""
+    forkserver.ensure_running()  # it finds the project's modules only while this is the folder that pytest began in
     at_once = lambda command, **_: script(*command[1:], cwd=Path.cwd())  # noqa: E731
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=at_once))

@@ -18,6 +18,7 @@ from engine import ROOT, options
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["eval_superglue", "evals.qa", "studies.compare", "studies.polynomials", "studies.stability", "tools.bench"]
+    + ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]  # which training loads late
 )
 
 

@@ -40,7 +40,7 @@ def test_the_lead_is_paired_by_seed():
         for seed, loss in of.items()
     ]
     assert plateau.lead(runs) == {0: 1.0, 2: 0.25}
-    assert plateau.answers({"as_is": runs})[0][1:] == ["", "not run"]
+    assert plateau.answer({"as_is": runs})[1:] == ["", "not run"]
 
 
 @pytest.mark.parametrize("method, layers", [("raptr", 2), ("stacking", 2), ("constant", 3), ("full", 4)])
