@@ -47,7 +47,7 @@ from engine import machine, options, parallel
 from engine.errors import UserError, guard
 from engine.log import read_jsonl, subplots, write
 from methods import deep_fusion
-from studies import length, stats
+from studies import figures, length, stats
 from text.corpus import open_corpus
 
 SETTING = "--config=configs/ul2_toy.toml --method=full --vocab=1024 --lr=4e-3 --init_std=0.125 --eval_sequences=256"
@@ -263,66 +263,75 @@ def slopes(runs, value):
     return result
 
 
-def verdicts(runs):
-    """[(question, change where k doubles, verdict)], by the rule of results/LOG.md."""
+def orders(errors):
+    """{what: order in h} of the errors that `expansion` returns."""
+    return {name: stats.slope([*zip(STEP_SIZES, each)]) for name, each in errors.items()}
+
+
+def verdicts(errors, runs):
+    """[(question, what was measured, verdict)], by the rules of results/LOG.md."""
     rates = slopes(runs, lambda run: math.log2(best(run)))
     losses = slopes(runs, lambda run: run["losses"][FACTORS.index(1.0)])
     of_rates = lambda low, high: low > 0 or (-0.25 < low and high < 0.25)  # noqa: E731
     of_losses = lambda low, high: high < 0 or (-length.LEVEL < low and high < length.LEVEL)  # noqa: E731
+    found = orders(errors)
+    wanted = {"flows without the bracket": 2, "flows with the bracket": 3}
+    wanted |= {"steps without the bracket": 2, "steps with both terms": 3}
+    holds = all(abs(found[name] - order) < 0.1 for name, order in wanted.items())
+    said = lambda values: stats.signed(stats.interval(values))  # noqa: E731
     return [
-        ("a larger bracket goes with a lower best learning rate", f"log2 of the factor {said(rates)}",
+        ("a larger bracket goes with a lower best learning rate", f"log2 of the best factor: {said(rates)}",
          length.verdict(rates, lambda low, high: high < 0, of_rates)),
-        ("a larger bracket goes with a higher final loss", f"nats {said(losses)}",
+        ("a larger bracket goes with a higher final loss", f"nats at factor 1: {said(losses)}",
          length.verdict(losses, lambda low, high: low > 0, of_losses)),
+        ("the expansion holds", ", ".join(f"{found[name]:.2f}" for name in wanted), "yes" if holds else "no"),
     ]  # fmt: skip
 
 
-def said(values):
-    return stats.signed(stats.interval(values))
-
-
 def describe(first, runs):
-    """Lines of table.md. first: what was made, and the expansion."""
+    """Lines of table.md. first: the log's first line, with the expansion."""
     lines = ["# The bracket of a growth", "", *stats.made_by(first["made"]), first["text"], ""]
-    head = ["one flow, compared with two", f"h = {STEP_SIZES[0]:g}", f"h = {STEP_SIZES[-1]:.1e}", "order in h"]
-    orders = {name: stats.slope([*zip(STEP_SIZES, errors)]) for name, errors in first["expansion"].items()}
-    rows = [(name, f"{e[0]:.1e}", f"{e[-1]:.1e}", f"{orders[name]:.3f}") for name, e in first["expansion"].items()]
-    lines += ["Distance of two trainings, one after the other, from one flow", "", *stats.table(head, rows), ""]
-    head = ["growth", "|g1|", "|g2|", "bracket", "k", "loss after it", *[f"x {factor:g}" for factor in FACTORS]]
+    head = ["distance of two trainings from one flow", *[f"h = {STEP_SIZES[i]:g}" for i in (0, -1)], "order in h"]
+    found, errors = orders(first["expansion"]), first["expansion"].items()
+    rows = [(name, f"{each[0]:.1e}", f"{each[-1]:.1e}", f"{found[name]:.3f}") for name, each in errors]
+    lines += [*stats.table(head, rows), ""]
+    lines += [
+        "Mean ± std over seeds. g1, g2, bracket: lengths. k: size of the bracket. Losses are held-out, in nats: right"
+    ]
+    lines += ["after the growth, and final ones, by the factor x of the learning rate right after the growth.", ""]
+    head = ["growth", "g1", "g2", "bracket", "k", "loss after it", *[f"x {factor:g}" for factor in FACTORS], "best x"]
     rows = []
     for name, (label, *_) in GROWTHS.items():
         mine = [run for run in runs if run["growth"] == name]
-        cells = [[run[key] for run in mine] for key in ("g1", "g2", "bracket")] + [[size(run) for run in mine]]
-        cells += [[run["after"] for run in mine], *zip(*[run["losses"] for run in mine])]
-        rows.append([label, *map(stats.spread, cells), " ".join(f"{best(run):g}" for run in mine)])
-    lines += ["Mean ± std over seeds; x: final held-out loss (nats) by the factor of the learning rate right after", ""]
-    lines += [*stats.table([*head, "best factor, by seed"], rows), ""]
-    head = ["question, over the four growths", "change where k doubles, 95% interval", "verdict"]
-    return [*lines, *stats.table(head, verdicts(runs))]
+        cells = [[run["g1"], run["g2"], run["bracket"], size(run), run["after"], *run["losses"]] for run in mine]
+        rows.append([label, *map(stats.spread, zip(*cells)), ", ".join(f"{best(run):g}" for run in mine)])
+    lines += [*stats.table(head, rows), "", "Changes where k doubles, over the four growths, with 95% intervals:", ""]
+    return [*lines, *stats.table(["question", "measured", "verdict"], verdicts(first["expansion"], runs))]
 
 
 def draw(first, runs, path):
-    """The expansion; final loss against the factor; final loss against k."""
+    """Errors of the expansion; what another learning rate changes; the final loss against k."""
     figure, (left, middle, right) = subplots(13, 4, 1, 3)
-    for name, errors in first["expansion"].items():
-        order = stats.slope([*zip(STEP_SIZES, errors)])
-        color = "tab:blue" if name.startswith("flows") else "tab:red"
-        style = "o:" if "without" in name else "s--" if "both" not in name and color == "tab:red" else "^-"
-        left.plot(STEP_SIZES, errors, style, color=color, ms=4, label=f"{name}: order {order:.2f}")
+    for name, order in orders(first["expansion"]).items():
+        kind, term = name.split(maxsplit=1)
+        style = {"without the bracket": "o:", "with the bracket": "s--", "with both terms": "^-"}[term]
+        color = {"flows": "tab:blue", "steps": "tab:red"}[kind]
+        left.plot(STEP_SIZES, first["expansion"][name], style, color=color, ms=4, label=f"{name}: order {order:.2f}")
     left.set(xscale="log", yscale="log", xlabel="h", ylabel="distance of two trainings from one flow")
-    left.legend(frameon=False, fontsize=8)
+    left.set_xticks([STEP_SIZES[0], STEP_SIZES[-1]], [f"{h:g}" for h in (STEP_SIZES[0], STEP_SIZES[-1])])
     for name, (label, color, _) in GROWTHS.items():
-        mine = [run for run in runs if run["growth"] == name]
-        points = [stats.interval(losses) for losses in zip(*[run["losses"] for run in mine])]
-        middle.plot(FACTORS, [mean for mean, _ in points], "o-", color=color, label=label)
+        mine, one = [run for run in runs if run["growth"] == name], FACTORS.index(1.0)
+        changes = [*zip(*[[loss - run["losses"][one] for loss in run["losses"]] for run in mine])]
+        figures.band(middle, FACTORS, changes, "o-", 0.1, color=color, label=label)
         if name != "none":
-            at_one = [run["losses"][FACTORS.index(1.0)] for run in mine]
-            right.plot([size(run) for run in mine], at_one, "o", color=color, label=label)
-    middle.set(xscale="log", xlabel="factor of the learning rate right after", ylabel="final held-out loss, mean")
+            right.plot([size(run) for run in mine], [run["losses"][one] for run in mine], "o", color=color)
+    middle.set(xscale="log", xlabel="factor of the learning rate right after the growth")
+    middle.set_ylabel("final held-out loss minus that at factor 1 (nats)")
     middle.set_xticks(FACTORS, [f"{factor:g}" for factor in FACTORS])
-    right.set(xscale="log", xlabel="k, size of the bracket (1/h)", ylabel="final held-out loss at factor 1")
-    middle.minorticks_off()
-    middle.legend(frameon=False, fontsize=8)
+    right.set(xlabel="k, size of the bracket (1/h)", ylabel="final held-out loss at factor 1 (nats)")
+    for axes in (left, middle):
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
