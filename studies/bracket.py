@@ -149,7 +149,7 @@ def small_growth(seed=0):
     return Growth(tensors[:2], losses[:2], lambda a, b: deep_fusion.fuse(a, b, config), grown, losses[2])
 
 
-def expansion(growth, sizes=STEP_SIZES):
+def expansion(growth, sizes):
     """{what: [distance of both trainings, one after the other, from one flow, for each h of `sizes`]}."""
     (g1, g2), t = growth.fields(), flat(growth.grown)
     own = lambda t: along(g1, t, g1(t)) + along(g2, t, g2(t))  # noqa: E731
@@ -328,9 +328,11 @@ def draw(first, runs, path):
     middle.set(xscale="log", xlabel="factor of the learning rate right after the growth")
     middle.set_ylabel("final held-out loss minus that at factor 1 (nats)")
     middle.set_xticks(FACTORS, [f"{factor:g}" for factor in FACTORS])
-    right.set(xlabel="k, size of the bracket (1/h)", ylabel="final held-out loss at factor 1 (nats)")
-    for axes in (left, middle):
+    right.set(xscale="log", xlabel="k, size of the bracket (1/h)", ylabel="final held-out loss at factor 1 (nats)")
+    right.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+    for axes in (left, middle, right):
         axes.minorticks_off()
+    for axes in (left, middle):
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -366,7 +368,7 @@ def main():
         text = f"Text: {corpus.meta['source']}, fingerprint {corpus.fingerprint}; torch {torch.__version__}."
         flags.out.mkdir(parents=True, exist_ok=True)
         with (flags.out / "runs.jsonl").open("w") as lines:
-            record = {"made": made, "text": text, "expansion": expansion(small_growth())}
+            record = {"made": made, "text": text, "expansion": expansion(small_growth(), STEP_SIZES)}
             print(json.dumps(record), file=lines, flush=True)
             for seed in range(flags.seeds):
                 for run in run_seed(args, objective, seed):
