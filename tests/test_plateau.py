@@ -120,3 +120,14 @@ def test_the_second_text_has_the_smaller_vocabulary(tmp_path, corpus, monkeypatc
     monkeypatch.setattr(plateau, "SMALL_VOCAB", 300)
     with pytest.raises(UserError, match="vocabulary of 512"):
         plateau.main(["--data", str(corpus)])
+
+
+def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
+    committed = plateau.ROOT / "plateau" / "table.md"
+    expected, ways = committed.read_text(), {}
+    for folder in sorted(plateau.ROOT.glob("plateau-*")):
+        ways[folder.name.removeprefix("plateau-")] = stats.read_runs(folder)
+        shutil.copytree(folder, tmp_path / folder.name)
+    monkeypatch.setattr(plateau, "ROOT", tmp_path)
+    plateau.write_page({way: ways[way] for way in plateau.WAYS if way in ways})
+    assert (tmp_path / "plateau" / "table.md").read_text() == expected
