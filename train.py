@@ -290,8 +290,9 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     bar = tqdm(total=args.steps, initial=run.step, unit=" steps", disable=not ranks.first or None, dynamic_ncols=True)
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
     enough = objective.unigram_loss(held_out[2]) - args.stop_below if args.stop_below else -math.inf
-    step = run.step
-    full = held_out_loss(None) if step and is_evaluated(args, method, step) else math.inf
+    step, full = run.step, math.inf
+    if step and (args.stop_below or step == args.steps) and is_evaluated(args, method, step):
+        full = held_out_loss(None)
     last = step == args.steps or full <= enough  # it was killed after its last checkpoint, and has only to say so
     if not last:
         ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
@@ -347,14 +348,13 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         bar.update()
 
         # 5. Evaluate the full model, and beside it some paths of each length; save.
-        last = step == args.steps
         if is_evaluated(args, method, step):
             full = held_out_loss(None)
             shorter = {k: held_out_loss(*paths) for k, paths in examples.items()}
             run.record("eval", step=step, loss=full, flops=run.flops, subnetworks=shorter)
             paths = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
             say(f"step {step:>6}  held-out loss {full:.3f}{paths}")
-            last = last or full <= enough
+        last = step == args.steps or full <= enough
         if last or (args.save_every and step % args.save_every == 0):
             run.save(step, model, optimizer, last)
     bar.close()
