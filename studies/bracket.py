@@ -29,7 +29,6 @@ Legend: t (N,) weights of the grown network, p (P,) of its parents, v a directio
 import dataclasses
 import json
 import math
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -365,7 +364,7 @@ def main():
         machine.settings(args.threads)
         corpus = open_corpus(args.data, args.vocab)
         objective = data.objective(args, corpus)
-        made = {"command": shlex.join(["python", "-m", "studies.bracket", *sys.argv[1:]]), "commit": stats.commit()}
+        made = stats.made("studies.bracket", sys.argv[1:])
         text = f"Text: {corpus.meta['source']}, fingerprint {corpus.fingerprint}; torch {torch.__version__}."
         flags.out.mkdir(parents=True, exist_ok=True)
         with (flags.out / "runs.jsonl").open("w") as lines:

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import queue
-import shlex
 import statistics
 import subprocess
 import sys
@@ -362,6 +361,15 @@ def arms(text):
     return names
 
 
+def study_parser(module, doc):
+    """A parser for a study of several comparisons, with the flags that they share."""
+    parser = options.command(module, doc)
+    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
+    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time")
+    parser.add_argument("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
+    return parser
+
+
 def parser():
     parser = options.command("studies.compare", __doc__)
     add = parser.add_argument
@@ -423,7 +431,6 @@ def main(argv=None):
     refuse_own(more)
     common = [f"--config={args.config}", *more]
     base = options.parse([*common, "--method=full"])
-    command = shlex.join(["python", "-m", "studies.compare", *argv])
     for budget in args.budget:
         flags, tuning = plan(args.methods, base, budget), {}
         if not flags or args.plan:
@@ -436,7 +443,7 @@ def main(argv=None):
             tried = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
             flags, tuning = tune(flags, args.lr, tried, threaded, Path("out/compare", name), *machine)
         size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
-        made = {"title": f"{name}: {size}, at {budget:g}x", "command": command, "commit": stats.commit()}
+        made = {"title": f"{name}: {size}, at {budget:g}x", **stats.made("studies.compare", argv)}
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         compare(name, flags, seeds, threaded, machine, made, tuning, args.time)
 

@@ -12,7 +12,6 @@ before the first run.
 """
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -152,13 +151,10 @@ def draw(tokens, points, path):
 
 
 def parser():
-    parser = options.command("studies.length", __doc__)
+    parser = compare.study_parser("studies.length", __doc__)
     whole = lambda text: [options.count(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=whole, default=list(LENGTHS), help="steps of 1024 tokens")
     parser.add_argument("--methods", type=compare.arms, help="only these arms")
-    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
-    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time")
-    parser.add_argument("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
     return parser
 
 
@@ -174,8 +170,8 @@ def main(argv=None):
             arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]
             common, machine = compare.prepare(flags_at(steps, more), args.jobs)
             flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
-            made = {"title": f"length-{steps}: 12 x 128, {steps} steps of 16 x 64, at 1.333x", "commit": stats.commit()}
-            made["command"] = shlex.join(["python", "-m", "studies.length", *argv])
+            title = f"length-{steps}: 12 x 128, {steps} steps of 16 x 64, at 1.333x"
+            made = {"title": title, **stats.made("studies.length", argv)}
             compare.compare(f"length-{steps}", flags, range(args.seeds), common, machine, made)
     folders = {steps: ROOT / f"length-{steps}" for steps in LENGTHS}
     lengths = {steps: stats.read_runs(folder) for steps, folder in folders.items() if (folder / "runs.jsonl").exists()}

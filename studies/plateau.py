@@ -23,7 +23,6 @@ results/plateau/. The rule of the verdict was in results/LOG.md before the first
 import argparse
 import functools
 import json
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -191,15 +190,12 @@ def several_ways(text):
 
 
 def parser():
-    parser = options.command("studies.plateau", __doc__)
+    parser = compare.study_parser("studies.plateau", __doc__)
     parser.add_argument("--data", default="", help="text or prepared corpus, vocabulary 4096 [docstrings]")
     parser.add_argument("--data_small", default="", help=f"the same text, vocabulary {SMALL_VOCAB} [--data]")
     parser.add_argument("--ways", type=several_ways, default=WAYS, help=f"of {', '.join(WAYS)}")
     parser.add_argument("--methods", type=compare.arms, default=ARMS, help=f"of {', '.join(ARMS)}")
     parser.add_argument("--margin", type=options.positive, default=0.3, help="nats past the plateau [0.3]")
-    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
-    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time")
-    parser.add_argument("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
     return parser
 
 
@@ -218,8 +214,7 @@ def main(argv=None):
             if way == "past":
                 flags = {arm: [*its, compare.FIRST] for arm, its in flags.items()}
             size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
-            made = {"title": f"plateau-{way}: {size}, at 1.333x", "commit": stats.commit()}
-            made["command"] = shlex.join(["python", "-m", "studies.plateau", *argv])
+            made = {"title": f"plateau-{way}: {size}, at 1.333x", **stats.made("studies.plateau", argv)}
             past = functools.partial(train_first, margin=args.margin)
             compare.compare(f"plateau-{way}", flags, range(args.seeds), common, machine, made, train_first=past)
     folders = {way: ROOT / f"plateau-{way}" for way in WAYS}

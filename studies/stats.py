@@ -5,6 +5,7 @@ A run is one line of results/NAME/runs.jsonl: {"arm": its method, "seed": ..., a
 """
 
 import math
+import shlex
 import statistics
 import subprocess
 from pathlib import Path
@@ -172,6 +173,11 @@ def commit():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # no git
         return ""
+
+
+def made(module, argv):
+    """{"command": ..., "commit": ...} of a study that runs now with these arguments."""
+    return {"command": shlex.join(["python", "-m", module, *argv]), "commit": commit()}
 
 
 def made_by(made):
