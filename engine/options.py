@@ -101,6 +101,19 @@ def nearest(name, known, prefix=""):
     return f"; did you mean {prefix}{best}?" if closeness(best) >= 0.6 else ""
 
 
+def several(known):
+    """An argparse type: some of the `known` names, with commas, or all."""
+
+    def names(text):
+        wanted = list(known) if text == "all" else text.split(",")
+        for name in wanted:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"there is no {name!r}{nearest(name, list(known))}")
+        return wanted
+
+    return names
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The flags, group by group
 

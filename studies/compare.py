@@ -353,14 +353,6 @@ def gpus():
     return visible.split(",") if visible and there else list(range(there))
 
 
-def arms(text):
-    """An argparse type: names of arms, or all."""
-    names = ARMS if text == "all" else text.split(",")
-    for name in set(names) - set(ARMS):
-        raise argparse.ArgumentTypeError(f"there is no {name!r}{options.nearest(name, ARMS)}")
-    return names
-
-
 def study_parser(module, doc):
     """A parser for a study of several comparisons, with the flags that they share."""
     parser = options.command(module, doc)
@@ -374,13 +366,14 @@ def parser():
     parser = options.command("studies.compare", __doc__)
     add = parser.add_argument
     above_1 = options.number(float, "a number above 1", lambda x: x > 1)
-    several = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
+    numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
     add("--config", default="configs/bert_toy.toml", help="preset of train.py")
-    add("--methods", type=arms, default="full,full_flops,raptr,stacking", help=f"of {', '.join(ARMS)}; or all")
+    default = "full,full_flops,raptr,stacking"
+    add("--methods", type=options.several(ARMS), default=default, help=f"of {', '.join(ARMS)}; or all")
     add("--seeds", type=options.count, default=3, help="how many")
     add("--first_seed", type=options.natural, default=0)
-    add("--budget", type=several(above_1), default="1.333", help="relative layer FLOPs, one or several with commas")
-    add("--lr", type=several(options.positive), default=[], help="of several, each arm gets its best, on other seeds")
+    add("--budget", type=numbers(above_1), default="1.333", help="relative layer FLOPs, one or several with commas")
+    add("--lr", type=numbers(options.positive), default=[], help="of several, each arm gets its best, on other seeds")
     add("--tuning_seeds", type=options.count, default=1)
     add("--name", default="compare", help="folder under results/ and out/compare/")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")

@@ -57,6 +57,15 @@ def choose_rates(args, more):
     return {kind: float(min(losses, key=losses.get)) for kind, losses in ended.items()}
 
 
+def train(steps, arms, args, more, made):
+    """Compare arms at one length, in results/length-STEPS/. Skips what is there. made: command and commit."""
+    rates = {arm: rate for kind, rate in choose_rates(args, more).items() for arm in KINDS[kind]}
+    common, machine = compare.prepare(flags_at(steps, more), args.jobs)
+    flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
+    made = {"title": f"length-{steps}: 12 x 128, {steps} steps of 16 x 64, at 1.333x", **made}
+    compare.compare(f"length-{steps}", flags, range(args.seeds), common, machine, made)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # What the lengths say together
 
@@ -154,7 +163,7 @@ def parser():
     parser = compare.study_parser("studies.length", __doc__)
     whole = lambda text: [options.count(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=whole, default=list(LENGTHS), help="steps of 1024 tokens")
-    parser.add_argument("--methods", type=compare.arms, help="only these arms")
+    parser.add_argument("--methods", type=options.several(compare.ARMS), help="only these arms")
     return parser
 
 
@@ -164,15 +173,9 @@ def main(argv=None):
     if unknown := set(args.lengths) - set(LENGTHS):
         raise UserError(f"--lengths {min(unknown)}: of {', '.join(map(str, LENGTHS))}")
     if not args.rebuild:
-        rates = choose_rates(args, more)
-        rates = {arm: rates[kind] for kind, arms in KINDS.items() for arm in arms}
         for steps in args.lengths:
             arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]
-            common, machine = compare.prepare(flags_at(steps, more), args.jobs)
-            flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
-            title = f"length-{steps}: 12 x 128, {steps} steps of 16 x 64, at 1.333x"
-            made = {"title": title, **stats.made("studies.length", argv)}
-            compare.compare(f"length-{steps}", flags, range(args.seeds), common, machine, made)
+            train(steps, arms, args, more, stats.made("studies.length", argv))
     folders = {steps: ROOT / f"length-{steps}" for steps in LENGTHS}
     lengths = {steps: stats.read_runs(folder) for steps, folder in folders.items() if (folder / "runs.jsonl").exists()}
     if not lengths:
