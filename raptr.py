@@ -138,7 +138,8 @@ class Staged(Full):
         self.plan = plan
 
     def stage(self, step):
-        return next(i for i, stage in enumerate(self.plan) if step <= stage.end)
+        last = len(self.plan) - 1  # which goes on where a run is longer than its plan
+        return next((i for i, stage in enumerate(self.plan) if step <= stage.end), last)
 
     def expected_layers(self, step):
         return self.plan[self.stage(step)].length

@@ -223,7 +223,7 @@ def optimizer_flags(add):
 
 def saving_flags(add):
     add.flag("eval_every", natural, 1000, "steps between evaluations; 0: only at stage ends and the end")
-    add.flag("eval_sequences", count, 1024, "held-out sequences, the same for every run")
+    add.flag("eval_sequences", count, 1024, "held-out sequences, the same for every run; all, if there are fewer")
     text = "tuning: evaluate on other held-out sequences, for choosing settings"
     add.flag("eval_on", str, "held_out", text, choices=["held_out", "tuning"])
     text = "end the run at the first evaluation that is so many nats below predicting by frequency; 0: at --steps"

@@ -48,8 +48,7 @@ from text.corpus import open_corpus
 
 PARTS = {"raptr_width": "width", "raptr_both": "both"}
 ARMS = [*methods.METHODS, "full_flops", *PARTS, "fusion", "shallow", "shallow_flops"]
-PARENTS = "--init=PARENTS"  # a flag of `fusion`, until its parents are trained and fused
-FIRST = "--init=FIRST"  # a flag of a run that begins from another's weights, until that one is trained
+FIRST = "--init=FIRST"  # a flag of a run that begins from the weights of others, until those are trained
 TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never reported
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ def schedule(arm, base, budget):
         return ["--method=full", f"--layers={K}", *more_steps]
     if arm == "fusion":
         share = layer_flops(vars(base) | half_width(base)) / layer_flops(vars(base))
-        return ["--method=full", f"--steps={round(T * K / L / (1 + 2 * share))}", PARENTS]
+        return ["--method=full", f"--steps={round(T * K / L / (1 + 2 * share))}", FIRST]
     method = ["--method=raptr", f"--part={PARTS[arm]}"] if arm in PARTS else [f"--method={arm}"]
     args = changed(base, method="raptr" if arm in PARTS else arm, part=PARTS.get(arm, base.part))
     if "mean_depth" in methods.reads(args):
@@ -175,8 +174,8 @@ def run_all(jobs, text, devices, count, may_diverge=False, train_first=None):
     """Train [(folder, flags), ...], `count` at a time, each on one GPU where there are some. Skips finished runs.
 
     text: fingerprint of the corpus. may_diverge: accept a run whose loss was not finite (exit code 3).
-    train_first: a function (folder, flags, run) for flags with FIRST in them. It trains by run(first_of(folder), ...)
-        and returns the flags that begin from there.
+    train_first: a function (folder, flags, run) for flags with FIRST in them, by default `train_parents`. It trains
+        others by run(their folder, their flags), and returns the flags that begin from there.
     Raises UserError if a run fails, or its folder holds a run with other flags.
     """
     free = queue.Queue()
@@ -184,10 +183,8 @@ def run_all(jobs, text, devices, count, may_diverge=False, train_first=None):
         free.put(devices[slot % len(devices)] if devices else None)
 
     def run(folder, flags):
-        if PARENTS in flags:
-            flags = with_parents(folder, flags, run)
-        elif FIRST in flags:
-            flags = train_first(folder, flags, run)
+        if FIRST in flags:
+            flags = (train_first or train_parents)(folder, flags, run)
         if flags and not finished(folder, flags, text):
             device = free.get()
             env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if device is not None else {})
@@ -203,10 +200,10 @@ def run_all(jobs, text, devices, count, may_diverge=False, train_first=None):
         list(tqdm(pool.map(run, *zip(*jobs)), total=len(jobs), unit=" runs", disable=None))
 
 
-def with_parents(folder, flags, run):
-    """Train the parents of a fusion by run(folder, flags), and fuse them. Returns the flags that train their fusion, or
+def train_parents(folder, flags, run):
+    """What `run_all` does first for a fusion: train and fuse its parents. Returns the flags that train the fusion, or
     None if the parents diverged."""
-    flags, fused = [flag for flag in flags if flag != PARENTS], folder.with_name(f"{folder.name}-fused")
+    flags, fused = [flag for flag in flags if flag != FIRST], folder.with_name(f"{folder.name}-fused")
     args = options.parse([*flags, f"--out={folder}"])
     narrow = [f"--{name}={value}" for name, value in half_width(args).items()]
     for number, parent in enumerate(parents_of(folder), 1):
@@ -245,7 +242,7 @@ def in_results(results, wanted, text):
     known = {(run["arm"], run["seed"]): run for run in stats.read_runs(results)}
     for job in known.keys() & wanted.keys():
         begun = stats.event(known[job], "run")
-        now = vars(options.parse([flag for flag in wanted[job] if flag != PARENTS]))
+        now = vars(options.parse([flag for flag in wanted[job] if flag != FIRST]))
         then = {**begun["flags"], "data_fingerprint": begun["data"]["fingerprint"]}
         refuse(f"{results}: {job[0]}-{job[1]}", must_match(then, {**now, "data_fingerprint": text}))
     return known, json.loads((results / "table.json").read_text())["schedules"]

@@ -65,6 +65,7 @@ def test_exact_paths_have_the_stage_length_and_the_pinned_layers():
         assert len(kept) == [6, 8, 10][(step - 1) // 1000]
         assert kept[0] == 0 and kept[-1] == 11 and list(kept) == sorted(set(kept))
     assert method.subnetwork(3001) is None and method.subnetwork(4000) is None
+    assert method.stage(4001) == 3 and method.subnetwork(4001) is None  # a run that is longer than its plan
 
 
 @pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
