@@ -11,12 +11,11 @@ compared with full training of as many layer FLOPs. The rule of the words in the
 first run.
 """
 
-import sys
 from pathlib import Path
 
 import methods
 from engine import options
-from engine.errors import UserError, guard
+from engine.errors import guard
 from engine.log import subplots, write
 from raptr import mean_layers
 from studies import compare, length, stats
@@ -98,12 +97,12 @@ def rows(runs):
     return found
 
 
-def write_page(runs):
-    """results/choices/table.md and choices.png."""
+def write_page(folder, runs):
+    """table.md and choices.png of a folder."""
     of_choice = rows(runs)
     lines = ["# What each choice of RaPTr is worth", ""]
     lines += [
-        "Made again by `python -m studies.choices --rebuild`, from results/choices-1200/ and results/length-1200/."
+        f"Made again by `python -m studies.choices --rebuild`, from {folder}-{STEPS}/ and results/length-{STEPS}/."
     ]
     lines += [
         "Differences of held-out losses are paired by seed, mean ± 95% interval (Student's t); below 0 is better."
@@ -114,9 +113,9 @@ def write_page(runs):
         losses = stats.spread([stats.loss(run) for run in its])
         cells.append([choice, what, factor, losses, measured(of_default), measured(of_full)])
     head = ["choice", "changes", "layer FLOPs", "held-out loss", "minus the default", "minus full, same layer FLOPs"]
-    write(ROOT / "choices" / "table.md", "\n".join([*lines, "", *stats.table(head, cells)]) + "\n")
-    draw(of_choice, ROOT / "choices" / "choices.png")
-    print((ROOT / "choices" / "table.md").read_text())
+    write(folder / "table.md", "\n".join([*lines, "", *stats.table(head, cells)]) + "\n")
+    draw(of_choice, folder / "choices.png")
+    print((folder / "table.md").read_text())
 
 
 def draw(of_choice, path):
@@ -140,28 +139,25 @@ def draw(of_choice, path):
 
 def parser():
     parser = compare.study_parser("studies.choices", __doc__)
-    parser.add_argument(
-        "--choices", type=options.several(CHOICES), default=list(CHOICES), help=f"of {', '.join(CHOICES)}"
-    )
+    add = parser.add_argument
+    add("--choices", type=options.several(CHOICES), default=list(CHOICES), help=f"of {', '.join(CHOICES)} [all]")
+    add("--length", default="length", help="--name of the studies.length that it adds to [length]")
     return parser
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args, more = parser().parse_known_args(argv)
-    compare.refuse_own(more)
+    args, more, made = compare.parse_study(parser(), argv)
+    of_length = compare.changed(args, name=args.length)
     if not args.rebuild:
-        made = stats.made("studies.choices", argv)
-        length.train(STEPS, ["full", "full_flops", DEFAULT], args, more, made)
+        length.train(STEPS, ["full", "full_flops", DEFAULT], of_length, more, made)
         common, machine = compare.prepare(length.flags_at(STEPS, more), args.jobs)
-        arms = plan(args.choices, common, length.choose_rates(args, more))
-        made["title"] = f"choices-{STEPS}: RaPTr with other choices, 12 x 128, {STEPS} steps of 16 x 64"
-        compare.compare(f"choices-{STEPS}", arms, range(args.seeds), common, machine, made)
-    folders = [ROOT / f"{study}-{STEPS}" for study in ("length", "choices")]
-    if not all((folder / "runs.jsonl").exists() for folder in folders):
-        raise UserError(f"results/: no choices-{STEPS} in it, or no length-{STEPS}")
-    (ROOT / "choices").mkdir(exist_ok=True)
-    write_page([run for folder in folders for run in stats.read_runs(folder)])
+        arms = plan(args.choices, common, length.choose_rates(of_length, more))
+        name = f"{args.name}-{STEPS}"
+        titled = {"title": f"{name}: RaPTr with other choices, 12 x 128, {STEPS} steps of 16 x 64", **made}
+        compare.compare(name, arms, range(args.seeds), common, machine, titled)
+    found = stats.read_all({name: ROOT / f"{name}-{STEPS}" for name in (args.length, args.name)})
+    (ROOT / args.name).mkdir(exist_ok=True)
+    write_page(ROOT / args.name, [run for runs in found.values() for run in runs])
 
 
 if __name__ == "__main__":

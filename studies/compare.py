@@ -353,10 +353,20 @@ def gpus():
 def study_parser(module, doc):
     """A parser for a study of several comparisons, with the flags that they share."""
     parser = options.command(module, doc)
-    parser.add_argument("--seeds", type=options.count, default=3, help="how many")
-    parser.add_argument("--jobs", type=options.count, default=1, help="runs at a time")
-    parser.add_argument("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
+    add = parser.add_argument
+    add("--name", default=module.split(".")[-1], help="its folders begin with it; for another text or other flags")
+    add("--seeds", type=options.count, default=3, help="how many [3]")
+    add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
+    add("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
     return parser
+
+
+def parse_study(parser, argv):
+    """(flags of a study, flags of train.py for all its arms, the command and commit that run it)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, more = parser.parse_known_args(argv)
+    refuse_own(more)
+    return args, more, stats.made(parser.prog.removeprefix("python -m "), argv)
 
 
 def parser():
@@ -364,14 +374,14 @@ def parser():
     add = parser.add_argument
     above_1 = options.number(float, "a number above 1", lambda x: x > 1)
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
-    add("--config", default="configs/bert_toy.toml", help="preset of train.py")
+    add("--config", default="configs/bert_toy.toml", help="preset of train.py [configs/bert_toy.toml]")
     default = "full,full_flops,raptr,stacking"
     add("--methods", type=options.several(ARMS), default=default, help=f"of {', '.join(ARMS)}; or all")
-    add("--seeds", type=options.count, default=3, help="how many")
-    add("--first_seed", type=options.natural, default=0)
-    add("--budget", type=numbers(above_1), default="1.333", help="relative layer FLOPs, one or several with commas")
+    add("--seeds", type=options.count, default=3, help="how many [3]")
+    add("--first_seed", type=options.natural, default=0, help="the first of the seeds [0]")
+    add("--budget", type=numbers(above_1), default="1.333", help="relative layer FLOPs, one or several [1.333]")
     add("--lr", type=numbers(options.positive), default=[], help="of several, each arm gets its best, on other seeds")
-    add("--tuning_seeds", type=options.count, default=1)
+    add("--tuning_seeds", type=options.count, default=1, help="how many seeds choose a learning rate [1]")
     add("--name", default="compare", help="folder under results/ and out/compare/")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     add("--plan", action="store_true", help="print the schedules and stop")
@@ -414,11 +424,9 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args, more = parser().parse_known_args(argv)
+    args, more, made = parse_study(parser(), argv)
     if args.rebuild:
         return write_results(args.rebuild, args.time)
-    refuse_own(more)
     common = [f"--config={args.config}", *more]
     base = options.parse([*common, "--method=full"])
     for budget in args.budget:
@@ -433,9 +441,9 @@ def main(argv=None):
             tried = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
             flags, tuning = tune(flags, args.lr, tried, threaded, Path("out/compare", name), *machine)
         size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
-        made = {"title": f"{name}: {size}, at {budget:g}x", **stats.made("studies.compare", argv)}
+        titled = {"title": f"{name}: {size}, at {budget:g}x", **made}
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        compare(name, flags, seeds, threaded, machine, made, tuning, args.time)
+        compare(name, flags, seeds, threaded, machine, titled, tuning, args.time)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ before the first run.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from data import UL2
@@ -44,11 +43,11 @@ def planned(arms, common):
 
 
 def choose_rates(args, more):
-    """{kind: its learning rate}, from results/length/rates.json or tried now."""
-    file = ROOT / "length" / "rates.json"
+    """{kind: its learning rate}, from results/NAME/rates.json or tried now."""
+    file = ROOT / args.name / "rates.json"
     if not file.exists():
         common, machine = compare.prepare(flags_at(TRIED_AT, more), args.jobs)
-        flags, out = planned(list(KINDS), common), Path("out/compare/length-rates")
+        flags, out = planned(list(KINDS), common), Path(f"out/compare/{args.name}-rates")
         _, trials = compare.tune(flags, RATES, [compare.TUNING_SEED], common, out, *machine)
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(trials, indent=1))
@@ -58,12 +57,13 @@ def choose_rates(args, more):
 
 
 def train(steps, arms, args, more, made):
-    """Compare arms at one length, in results/length-STEPS/. Skips what is there. made: command and commit."""
+    """Compare arms at one length, in results/NAME-STEPS/. Skips what is there. made: command and commit."""
     rates = {arm: rate for kind, rate in choose_rates(args, more).items() for arm in KINDS[kind]}
     common, machine = compare.prepare(flags_at(steps, more), args.jobs)
     flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
-    made = {"title": f"length-{steps}: 12 x 128, {steps} steps of 16 x 64, at 1.333x", **made}
-    compare.compare(f"length-{steps}", flags, range(args.seeds), common, machine, made)
+    name = f"{args.name}-{steps}"
+    made = {"title": f"{name}: 12 x 128, {steps} steps of 16 x 64, at 1.333x", **made}
+    compare.compare(name, flags, range(args.seeds), common, machine, made)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def verdicts(lengths):
     return [(question + missing, values, word) for question, values, word in rows]
 
 
-def write_page(lengths):
-    """results/length/table.md and length.png, from {steps: runs}."""
+def write_page(name, lengths):
+    """results/NAME/table.md and length.png, from {steps: runs}."""
     flags = {steps: stats.event(runs[0], "run")["flags"] for steps, runs in lengths.items()}
     tokens = {steps: steps * its["batch"] * its["seq"] / 1e6 for steps, its in flags.items()}
     arms = list(dict.fromkeys(run["arm"] for runs in lengths.values() for run in runs if run["arm"] != "full"))
@@ -128,13 +128,14 @@ def write_page(lengths):
         points[arm] = {n: stats.interval(d) for n in lengths if (d := differences(lengths[n], arm, "full"))}
         rows.append([f"{arm} minus full", *(stats.signed(points[arm].get(n)) for n in lengths)])
     head = ["", *(f"{tokens[n]:.1f}M tokens" for n in lengths)]
-    lines = ["# Length", "", "Made again by `python -m studies.length --rebuild`, from the logs of results/length-*/."]
+    lines = ["# Length", "", f"Made again by `python -m studies.length --rebuild`, from the logs of results/{name}-*/."]
     lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
     measured = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
     answers = [[question, measured(values), word] for question, values, word in verdicts(lengths)]
     lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
-    write(ROOT / "length" / "table.md", "\n".join(lines) + "\n")
-    draw(tokens, points, ROOT / "length" / "length.png")
+    (ROOT / name).mkdir(exist_ok=True)
+    write(ROOT / name / "table.md", "\n".join(lines) + "\n")
+    draw(tokens, points, ROOT / name / "length.png")
     print("\n".join(lines))
 
 
@@ -168,19 +169,14 @@ def parser():
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args, more = parser().parse_known_args(argv)
+    args, more, made = compare.parse_study(parser(), argv)
     if unknown := set(args.lengths) - set(LENGTHS):
         raise UserError(f"--lengths {min(unknown)}: of {', '.join(map(str, LENGTHS))}")
     if not args.rebuild:
         for steps in args.lengths:
             arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]
-            train(steps, arms, args, more, stats.made("studies.length", argv))
-    folders = {steps: ROOT / f"length-{steps}" for steps in LENGTHS}
-    lengths = {steps: stats.read_runs(folder) for steps, folder in folders.items() if (folder / "runs.jsonl").exists()}
-    if not lengths:
-        raise UserError("results/: no length-STEPS in it")
-    write_page(lengths)
+            train(steps, arms, args, more, made)
+    write_page(args.name, stats.read_all({steps: ROOT / f"{args.name}-{steps}" for steps in LENGTHS}))
 
 
 if __name__ == "__main__":

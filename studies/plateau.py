@@ -23,7 +23,6 @@ results/plateau/. The rule of the verdict was in results/LOG.md before the first
 import functools
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import methods
@@ -126,8 +125,8 @@ def first_rows(runs):
     return rows
 
 
-def write_page(ways):
-    """results/plateau/table.md and plateau.png, from {way: runs}."""
+def write_page(name, ways):
+    """results/NAME/table.md and plateau.png, from {way: runs}."""
     arms = [arm for arm in ARMS if any(run["arm"] == arm for runs in ways.values() for run in runs)]
     signed = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
     of_full = [[stats.loss(run) for run in runs if run["arm"] == "full"] for runs in ways.values()]
@@ -138,10 +137,10 @@ def write_page(ways):
         if arm != "full":
             rows.append([f"{arm} minus full", *(signed(differences(runs, arm, "full")) for runs in ways.values())])
     rows.append(["lead of stacking (full minus stacking)", *(signed([*lead(runs).values()]) for runs in ways.values())])
-    lines = ["# Plateau", "", "Made again by `python -m studies.plateau --rebuild`, from logs in results/plateau-*/."]
+    lines = ["# Plateau", "", f"Made again by `python -m studies.plateau --rebuild`, from logs in results/{name}-*/."]
     lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
     for way in ways:
-        made = json.loads((ROOT / f"plateau-{way}" / "table.json").read_text())["made"]
+        made = json.loads((ROOT / f"{name}-{way}" / "table.json").read_text())["made"]
         lines += [f"- {way}: {line}" for line in stats.made_by(made) if line]
     lines += ["", *stats.table(["", *ways], rows), ""]
     lines += [*stats.table(["question", "the lead shrinks by", "verdict"], [answer(ways)]), ""]
@@ -151,9 +150,9 @@ def write_page(ways):
         lines += ["Not counted above. Steps of each seed; FLOPs, mean of the seeds, also as a share of the arm's own."]
         head = ["arm", "steps", "FLOPs", "share of the arm's own", "nats below"]
         lines += ["", *stats.table(head, first_rows(ways["past"]))]
-    (ROOT / "plateau").mkdir(parents=True, exist_ok=True)
-    write(ROOT / "plateau" / "table.md", "\n".join(lines) + "\n")
-    draw(ways, arms, ROOT / "plateau" / "plateau.png")
+    (ROOT / name).mkdir(exist_ok=True)
+    write(ROOT / name / "table.md", "\n".join(lines) + "\n")
+    draw(ways, arms, ROOT / name / "plateau.png")
     print("\n".join(lines))
 
 
@@ -191,9 +190,7 @@ def parser():
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args, more = parser().parse_known_args(argv)
-    compare.refuse_own(more)
+    args, more, made = compare.parse_study(parser(), argv)
     if not args.rebuild:
         text = corpora(args)
         for way in args.ways:
@@ -203,14 +200,11 @@ def main(argv=None):
             if way == "past":
                 flags = {arm: [*its, compare.FIRST] for arm, its in flags.items()}
             size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
-            made = {"title": f"plateau-{way}: {size}, at 1.333x", **stats.made("studies.plateau", argv)}
+            name = f"{args.name}-{way}"
+            titled = {"title": f"{name}: {size}, at 1.333x", **made}
             past = functools.partial(train_first, margin=args.margin)
-            compare.compare(f"plateau-{way}", flags, range(args.seeds), common, machine, made, train_first=past)
-    folders = {way: ROOT / f"plateau-{way}" for way in WAYS}
-    found = {way: stats.read_runs(folder) for way, folder in folders.items() if (folder / "runs.jsonl").exists()}
-    if not found:
-        raise UserError("results/: no plateau-WAY in it")
-    write_page(found)
+            compare.compare(name, flags, range(args.seeds), common, machine, titled, train_first=past)
+    write_page(args.name, stats.read_all({way: ROOT / f"{args.name}-{way}" for way in WAYS}))
 
 
 if __name__ == "__main__":

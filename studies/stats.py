@@ -56,6 +56,14 @@ def read_runs(folder):
     return read_jsonl(file)
 
 
+def read_all(folders):
+    """{name: its runs} of the results folders {name: path} that have runs. Raises UserError if none has."""
+    found = {name: read_runs(folder) for name, folder in folders.items() if (folder / "runs.jsonl").exists()}
+    if not found:
+        raise UserError(f"no runs in {', '.join(map(str, folders.values()))}")
+    return found
+
+
 def event(run, name):
     """The first event of this name."""
     return next(e for e in run["events"] if e["event"] == name)

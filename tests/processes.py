@@ -7,7 +7,9 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+from multiprocessing import connection
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +22,9 @@ SERVER.set_forkserver_preload(
     ["eval_superglue", "evals.qa", "studies.compare", "studies.polynomials", "studies.stability", "tools.bench"]
     + ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]  # which training loads late
 )
+
+# An exit code can be read once, and starting a process reads those of all others that have ended: not in two threads.
+ONE_AT_A_TIME = threading.Lock()
 
 
 def command(argv, folder, cwd):
@@ -42,8 +47,11 @@ def script(*argv, text="", cwd=ROOT):
         with open(f"{folder}/in", "w") as file:
             file.write(text)
         process = SERVER.Process(target=command, args=([*map(str, argv)], folder, cwd))
-        process.start()
-        process.join()
+        with ONE_AT_A_TIME:
+            process.start()
+        connection.wait([process.sentinel])
+        with ONE_AT_A_TIME:
+            process.join()
         shown = [open(f"{folder}/{name}").read() for name in ("out", "err")]
     return SimpleNamespace(returncode=process.exitcode, stdout=shown[0], stderr=shown[1])
 

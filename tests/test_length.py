@@ -66,17 +66,16 @@ def test_rates_are_chosen_by_the_lowest_loss(tmp_path, monkeypatch):
     (tmp_path / "length").mkdir()
     trials = {"full": {"0.002": 4.1, "0.004": 4.0}, "raptr": {"0.002": 4.0, "0.004": "did not end"}}
     (tmp_path / "length" / "rates.json").write_text(json.dumps(trials))
-    assert length.choose_rates(None, []) == {"full": 0.004, "raptr": 0.002}
+    assert length.choose_rates(length.parser().parse_args([]), []) == {"full": 0.004, "raptr": 0.002}
 
 
 def test_a_page_from_logs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(length, "ROOT", tmp_path)
-    (tmp_path / "length").mkdir()
-    length.write_page(gaps((0.10, 0.11, 0.12), (0.02, 0.03, 0.05)))
+    length.write_page("length", gaps((0.10, 0.11, 0.12), (0.02, 0.03, 0.05)))
     page = (tmp_path / "length" / "table.md").read_text()
     assert "| raptr minus full | +0.110 ± 0.025 | +0.033 ± 0.038 |" in page and page.strip() in capsys.readouterr().out
     assert (tmp_path / "length" / "length.png").stat().st_size > 3000
-    with pytest.raises(UserError, match="no length"):
+    with pytest.raises(UserError, match="no runs in .*length-1200"):
         length.main(["--rebuild"])
 
 
@@ -85,8 +84,7 @@ def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
     lengths = {steps: stats.read_runs(folder) for steps, folder in folders.items() if folder.exists()}
     committed = (length.ROOT / "length" / "table.md").read_text()
     monkeypatch.setattr(length, "ROOT", tmp_path)
-    (tmp_path / "length").mkdir()
-    length.write_page(lengths)
+    length.write_page("length", lengths)
     assert (tmp_path / "length" / "table.md").read_text() == committed
 
 

@@ -129,5 +129,5 @@ def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
         ways[folder.name.removeprefix("plateau-")] = stats.read_runs(folder)
         shutil.copytree(folder, tmp_path / folder.name)
     monkeypatch.setattr(plateau, "ROOT", tmp_path)
-    plateau.write_page({way: ways[way] for way in plateau.WAYS if way in ways})
+    plateau.write_page("plateau", {way: ways[way] for way in plateau.WAYS if way in ways})
     assert (tmp_path / "plateau" / "table.md").read_text() == expected
