@@ -5,7 +5,7 @@ tensors and never computes with them.
 
     stacking      gradual stacking: a copy of the last block of layers goes on top
     progressive   progressive stacking: the whole stack is doubled
-    mslt          the growth of `stacking`, but only the new layers train, until a stage that adds none trains all
+    mslt          grows like `stacking`, but trains only the new layers; a last stage that adds none trains all
     midas         the middle block is repeated in place
     jump          one late jump from a few layers to all of them, by repeating the stack
 

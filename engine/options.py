@@ -226,7 +226,7 @@ def saving_flags(add):
     add.flag("eval_sequences", count, 1024, "held-out sequences, the same for every run; all, if there are fewer")
     text = "tuning: evaluate on other held-out sequences, for choosing settings"
     add.flag("eval_on", str, "held_out", text, choices=["held_out", "tuning"])
-    text = "end the run at the first evaluation that is so many nats below predicting by frequency; 0: at --steps"
+    text = "stop at the first evaluation this many nats below predicting by frequency; 0: never early"
     add.flag("stop_below", nonnegative, 0.0, text)
     add.flag("save_every", natural, 1000, "steps between checkpoints; 0: only at the end")
     add.flag("keep", count, 2, "newest checkpoints to keep")

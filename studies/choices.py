@@ -8,7 +8,7 @@ The setting is the shortest of studies/length.py, with its learning rates: UL2 1
 RaPTr: stages 6-8-10-12 of equal length, 1.333x. Runs are in results/choices-1200/, those of the default and of full
 training in results/length-1200/; what they say together is in results/choices/. A choice that changes the FLOPs is also
 compared with full training of as many layer FLOPs. The rule of the words in the table was in results/LOG.md before the
-first run.
+first run. Flags of train.py may follow.
 """
 
 from pathlib import Path

@@ -4,11 +4,10 @@
     python -m studies.length --data corpus/books --lengths 1200,3600      only these
     python -m studies.length --rebuild                                    table and figure from the logs in results/
 
-A decoder of 12 x 128 on UL2's seven denoisers, one pass over a text, at 1.333x. full, raptr and
-stacking each get the better of two learning rates, tried at the middle length on a seed and on held-out text that are
-not reported; every other arm takes the rate of its kind. Each length is one comparison of studies/compare.py, in
-results/length-STEPS/; what they say together is in results/length/. The rules of its verdicts were in results/LOG.md
-before the first run.
+A UL2 decoder of 12 x 128, one pass over a text, at 1.333x. full, raptr and stacking each try two learning rates at 3600
+steps, on a seed and on held-out text that are not reported; every other arm uses the rate of the one it resembles. Each
+length is one comparison of studies/compare.py, in results/length-STEPS/. What they say together is in results/length/.
+The rules of its verdicts were in results/LOG.md before the first run. Flags of train.py may follow.
 """
 
 import json

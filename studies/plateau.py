@@ -13,11 +13,11 @@ compared in three ways:
     past           every arm begins past the plateau
     short_plateau  with a vocabulary of 1024, which shortens the plateau
 
-In `past` each arm trains its own first stage, at a constant learning rate after the warm-up, until its loss on held-out
-text that is not reported is 0.3 nats below predicting by frequency. It looks every 25 steps. The arm proper begins from
+In `past` each arm first trains its own first stage, at a constant learning rate after the warm-up, until its loss on
+unreported held-out text is 0.3 nats below predicting by frequency (checked every 25 steps). The arm then starts from
 these weights, with a fresh optimizer, other batches and its whole schedule. What came before does not count, and is in
-the table. Each way is one comparison of studies/compare.py, in results/plateau-WAY/; what they say together is in
-results/plateau/. The rule of the verdict was in results/LOG.md before the first run.
+the table. Each way is one comparison of studies/compare.py, in results/plateau-WAY/. What they say together is in
+results/plateau/. The rule of the verdict was in results/LOG.md before the first run. Flags of train.py may follow.
 """
 
 import functools

@@ -293,7 +293,8 @@ def main():
     what.add_argument("--run", type=Path, help="run folder of a trained model")
     what.add_argument("--logs", type=Path, help="results folder of studies.compare")
     what.add_argument("--rebuild", action="store_true", help="write tables and figures again, from numbers in --out")
-    parser.add_argument("--seeds", type=options.number(int, "a whole number, 2 or above", lambda x: x >= 2), default=10)
+    parser.add_argument("--seeds", type=options.number(int, "a whole number, 2 or above", lambda x: x >= 2), default=10,
+                        help="how many networks [10]")  # fmt: skip
     parser.add_argument("--out", type=Path, default="results/stability", help="folder of tables, figures and numbers")
     args = parser.parse_args()
     made = {"command": shlex.join(["python", "-m", "studies.stability", *sys.argv[1:]])}
