@@ -3,7 +3,6 @@
 Not here: figures of one study alone, which are drawn where it is.
 """
 
-import math
 import statistics
 
 import methods
@@ -14,28 +13,19 @@ from studies import stats
 
 
 def points(rows, key, label, path):
-    """Loss against a cost, one point with its spread per arm."""
-    figure, axes = subplots(8, 5)
-    for row in rows:
+    """The loss of every arm with its spread, best first, and its cost beside its name."""
+    figure, axes = subplots(8, 0.28 * len(rows) + 1)
+    for y, row in enumerate(rows):
         baseline = row["arm"].startswith(("full", "shallow"))
         color = "black" if baseline else "tab:red" if row["arm"] == "raptr" else "tab:blue"
         style = {"fmt": "s" if baseline else "o", "ms": 5, "lw": 1, "capsize": 2, "color": color}
-        axes.errorbar(1 / row[key], row["loss"], row["std"] or 0, **style)
-    write_names(axes, [(1 / row[key], row["loss"], row["arm"]) for row in rows])
-    axes.set(xlabel=f"{label}, as a share of full training's", ylabel="held-out loss (nats), mean ± std over seeds")
+        axes.errorbar(row["loss"], y, xerr=row["std"] or 0, **style)
+    axes.set_yticks(range(len(rows)), [f"{row['arm']}   {1 / row[key]:.2f}" for row in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", lw=0.4, color="0.85")
+    axes.set(xlabel="held-out loss (nats), mean ± std over seeds")
+    axes.set_title(f"{label}, as a share of full training's, beside each name", fontsize=9, loc="left")
     figure.savefig(path, dpi=110)
-
-
-def write_names(axes, places):
-    """Write names beside places [(x, y, name), ...], moved up where they would cover each other."""
-    axes.margins(x=0.18, y=0.08)
-    low, high = axes.get_ylim()
-    line_height, last = (high - low) / 26, {}  # last: height of the last name in each column of the figure
-    for x, y, name in sorted(places, key=lambda point: point[1]):
-        column = round(x * 8)
-        last[column] = max(y, last.get(column, -math.inf) + line_height)
-        line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6"}
-        axes.annotate(name, (x, y), (x + 0.02, last[column]), fontsize=8, va="center", arrowprops=line)
 
 
 def strip(flags, columns=160):
