@@ -406,19 +406,27 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     out, results = Path("out/compare", name), Path("results", name)
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    if not (out / "made.json").exists():  # a second start keeps the commit of the first, which made the finished runs
+    if (results / "table.json").exists():
+        earlier = json.loads((results / "table.json").read_text())["made"]
+    elif (out / "made.json").exists():  # of a start that was stopped
+        earlier = json.loads((out / "made.json").read_text())
+    else:
+        earlier = made
         write(out / "made.json", json.dumps(made))
     jobs = {(arm, seed): out / f"{arm}-{seed}" for seed in seeds for arm in flags}
     wanted = {(arm, seed): [*common, *flags[arm], f"--seed={seed}"] for arm, seed in jobs}
     # Runs of an earlier start whose folders are not here, perhaps on another machine, count as they are in results/.
     known, schedules = in_results(results, {job: wanted[job] for job in jobs if not jobs[job].exists()}, machine[0])
     here = [job for job in jobs if job not in known or jobs[job].exists()]
+    new = set(here) - known.keys()
     run_all([(jobs[job], wanted[job]) for job in here], *machine, train_first=train_first)
     known |= {job: summary(jobs[job], *job) for job in here}
     schedules |= {arm: as_text(flags[arm]) for arm in flags}
     runs = [known[job] for job in sorted(known, key=lambda job: (job[1], [*schedules].index(job[0])))]
     write(results / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
-    about = {"made": json.loads((out / "made.json").read_text()), "tuning": tuning or {}, "schedules": schedules}
+    if new and made["command"] not in earlier["command"]:  # both made the runs
+        earlier |= {name: f"{earlier[name]}; {made[name]}" for name in ("command", "commit")}
+    about = {"made": earlier, "tuning": tuning or {}, "schedules": schedules}
     write(results / "table.json", json.dumps(about))
     write_results(results, with_time)
 

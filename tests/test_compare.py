@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -144,7 +145,12 @@ def test_a_comparison_continues_from_its_results_alone(tmp_path, corpus, monkeyp
     assert trained == {"stacking-0", "full-1", "stacking-1"}
     after = (tmp_path / "results/t/runs.jsonl").read_text()
     assert all(line in after for line in before.splitlines())
-    assert [row["n"] for row in json.loads((tmp_path / "results/t/table.json").read_text())["rows"]].count(2) == 2
+    table = json.loads((tmp_path / "results/t/table.json").read_text())
+    assert [row["n"] for row in table["rows"]].count(2) == 2
+    made = table["made"]["command"]
+    assert re.findall("--methods ([a-z,]+)", made) == ["full,raptr", "full,stacking"]  # both starts made the table
+    compare.main(["--methods", "full,stacking", "--seeds", "1", *command])
+    assert json.loads((tmp_path / "results/t/table.json").read_text())["made"]["command"] == made  # this one nothing
     with pytest.raises(UserError, match="raptr-0 was trained with another --steps"):
         compare.main(["--methods", "raptr", "--seeds", "1", *command, "--steps", "8"])
     assert (tmp_path / "results/t/runs.jsonl").read_text() == after
