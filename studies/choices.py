@@ -18,7 +18,7 @@ from engine import options
 from engine.errors import guard
 from engine.log import subplots, write
 from raptr import mean_layers
-from studies import compare, length, stats
+from studies import budget, compare, length, stats
 
 STEPS, BUDGET = 1200, 4 / 3
 CHOICES = {  # name: (what the paper leaves open or varies, what is different from the default)
@@ -42,10 +42,10 @@ ROOT = Path("results")  # of all pages
 def flags_of(choice, base):
     """Flags of train.py for a choice, or for the default. base: the parsed flags of full training."""
     if choice == "budget2":
-        return compare.schedule(DEFAULT, base, 2)
+        return budget.schedule(DEFAULT, base, 2)
     different = [] if choice == DEFAULT else CHOICES[choice][1]
     given = {flag.split("=")[0] for flag in different}
-    return [f for f in compare.schedule(DEFAULT, base, BUDGET) if f.split("=")[0] not in given] + different
+    return [f for f in budget.schedule(DEFAULT, base, BUDGET) if f.split("=")[0] not in given] + different
 
 
 def equal_flops(args):
@@ -147,7 +147,7 @@ def parser():
 
 def main(argv=None):
     args, more, made = compare.parse_study(parser(), argv)
-    of_length = compare.changed(args, name=args.length)
+    of_length = budget.changed(args, name=args.length)
     if not args.rebuild:
         length.train(STEPS, ["full", "full_flops", DEFAULT], of_length, more, made)
         common, machine = compare.prepare(length.flags_at(STEPS, more), args.jobs)

@@ -17,7 +17,7 @@ from data import UL2
 from engine import options
 from engine.errors import UserError, guard
 from engine.log import subplots, write
-from studies import compare, stats
+from studies import budget, compare, stats
 
 KINDS = {  # whose learning rate an arm takes
     "full": ("full", "full_flops", "fusion"),
@@ -38,7 +38,7 @@ def flags_at(steps, more):
 
 
 def planned(arms, common):
-    return compare.plan(arms, options.parse([*common, "--method=full"]), 4 / 3)
+    return budget.plan(arms, options.parse([*common, "--method=full"]), 4 / 3)
 
 
 def choose_rates(args, more):
@@ -163,7 +163,7 @@ def parser():
     parser = compare.study_parser("studies.length", __doc__)
     whole = lambda text: [options.count(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=whole, default=list(LENGTHS), help="steps of 1024 tokens")
-    parser.add_argument("--methods", type=options.several(compare.ARMS), help="only these arms")
+    parser.add_argument("--methods", type=options.several(budget.ARMS), help="only these arms")
     return parser
 
 

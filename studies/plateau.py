@@ -29,7 +29,7 @@ import methods
 from engine import options
 from engine.errors import UserError, guard
 from engine.log import read_log, subplots, write
-from studies import compare, figures, stats
+from studies import budget, compare, figures, stats
 from studies.length import differences
 from text.corpus import open_corpus
 
@@ -58,7 +58,7 @@ def before(flags, margin):
 def train_first(folder, flags, run, margin):
     """Train an arm past the plateau. Returns the flags that begin from there. Raises UserError if it does not get there
     within its first stage."""
-    flags, first = [flag for flag in flags if flag != compare.FIRST], compare.first_of(folder)
+    flags, first = [flag for flag in flags if flag != budget.FIRST], compare.first_of(folder)
     run(first, before(flags, margin))
     begun, *_, end = read_log(first)
     if end["step"] > LIMIT or end["loss"] > begun["unigram_loss"] - margin:
@@ -196,9 +196,9 @@ def main(argv=None):
         for way in args.ways:
             common, machine = compare.prepare([*SETTING, *text[way], *more], args.jobs)
             base = options.parse([*common, "--method=full"])
-            flags = compare.plan(args.methods, base, 4 / 3)
+            flags = budget.plan(args.methods, base, 4 / 3)
             if way == "past":
-                flags = {arm: [*its, compare.FIRST] for arm, its in flags.items()}
+                flags = {arm: [*its, budget.FIRST] for arm, its in flags.items()}
             size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
             name = f"{args.name}-{way}"
             titled = {"title": f"{name}: {size}, at 1.333x", **made}
