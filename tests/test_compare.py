@@ -10,7 +10,8 @@ from engine import ROOT, options
 from engine.errors import UserError
 from engine.log import read_log
 from processes import script
-from studies import budget, compare, figures, stats
+from studies import compare, figures, stats
+from studies.budget import ARMS, FIRST, schedule
 from text import prepare
 from text.corpus import Corpus
 
@@ -37,12 +38,12 @@ def run_of(arm, seed, loss, steps=100, seconds=10.0, layers=12, flops=1000):
 
 
 @pytest.mark.parametrize("budget", [1.2, 1.333, 2.0, 3.0])
-@pytest.mark.parametrize("arm", [arm for arm in budget.ARMS if arm not in ("full", "ramp", "fusion", "shallow_flops")])
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ("full", "ramp", "fusion", "shallow_flops")])
 def test_every_schedule_costs_its_budget(arm, budget):
     """Priced by counting the layers of every step, not by the formula the schedule came from."""
     full = base("--steps", "3000", "--heads", "4")
     try:
-        flags = budget.schedule(arm, full, budget)
+        flags = schedule(arm, full, budget)
     except ValueError:
         assert (arm, budget) in {("pld", 3.0), ("decreasing", 2.0), ("decreasing", 3.0)}
         return
@@ -56,19 +57,19 @@ def test_every_schedule_costs_its_budget(arm, budget):
 
 
 def test_published_schedules_come_out_of_their_budgets():
-    assert budget.schedule("raptr", base(), 1.333) == ["--method=raptr", "--stages=6-8-10-12", "--alpha=0"]
-    assert budget.schedule("stacking", base(), 1.333) == ["--method=stacking", "--stages=6-9-12", "--alpha=0"]
-    alpha = budget.schedule("raptr", base("--steps", "100000"), 1.2)[2]
+    assert schedule("raptr", base(), 1.333) == ["--method=raptr", "--stages=6-8-10-12", "--alpha=0"]
+    assert schedule("stacking", base(), 1.333) == ["--method=stacking", "--stages=6-9-12", "--alpha=0"]
+    alpha = schedule("raptr", base("--steps", "100000"), 1.2)[2]
     assert float(alpha.removeprefix("--alpha=")) == pytest.approx(1, abs=1e-3)
 
 
 def test_full_costs_are_kept_where_they_should_be():
-    assert budget.schedule("shallow_flops", base("--steps", "900"), 1.333) == [
+    assert schedule("shallow_flops", base("--steps", "900"), 1.333) == [
         "--method=full",
         "--layers=9",
         "--steps=1200",
     ]
-    assert budget.schedule("full_flops", base("--steps", "900"), 1.5) == ["--method=full", "--steps=600"]
+    assert schedule("full_flops", base("--steps", "900"), 1.5) == ["--method=full", "--steps=600"]
 
 
 def test_a_strip_shows_what_runs():
@@ -188,11 +189,11 @@ def test_a_fusion_pays_for_its_parents(tmp_path, corpus, monkeypatch):
 
 def test_schedules_that_cannot_be_are_not_planned():
     with pytest.raises(ValueError):
-        budget.schedule("midas", base("--layers", "10"), 1.333)
+        schedule("midas", base("--layers", "10"), 1.333)
     with pytest.raises(ValueError):
-        budget.schedule("raptr", base("--layers", "4"), 2)  # two pinned layers leave nothing to draw from
+        schedule("raptr", base("--layers", "4"), 2)  # two pinned layers leave nothing to draw from
     warm = base("--full_warmup", "400")
-    args = options.parse([*TWELVE, *budget.schedule("raptr", warm, 1.333), "--full_warmup=400"])
+    args = options.parse([*TWELVE, *schedule("raptr", warm, 1.333), "--full_warmup=400"])
     method = methods.choose(args)
     assert sum(method.expected_layers(step) for step in range(1, 1601)) / 1600 == pytest.approx(9, abs=0.02)
 
@@ -237,7 +238,7 @@ def test_a_fusion_whose_parents_diverge_loses(tmp_path, corpus, monkeypatch):
     flags = (
         "--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 8 --threads 1 --eval_sequences 8 --dtype float32"
     )
-    job = [*flags.split(), f"--data={corpus}", "--method=full", budget.FIRST, "--lr=1e30", "--clip=0", "--warmup=0"]
+    job = [*flags.split(), f"--data={corpus}", "--method=full", FIRST, "--lr=1e30", "--clip=0", "--warmup=0"]
     text = Corpus(corpus).fingerprint
     compare.run_all([(tmp_path / "out" / "fusion-0", job)], text, [], 1, may_diverge=True)
     assert compare.final_loss(tmp_path / "out" / "fusion-0") == math.inf
