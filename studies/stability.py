@@ -20,7 +20,6 @@ Legend: L layers, C width, n inputs or targets.
 
 import json
 import math
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -297,7 +296,7 @@ def main():
                         help="how many networks [10]")  # fmt: skip
     parser.add_argument("--out", type=Path, default="results/stability", help="folder of tables, figures and numbers")
     args = parser.parse_args()
-    made = {"command": shlex.join(["python", "-m", "studies.stability", *sys.argv[1:]])}
+    made = stats.made("studies.stability", sys.argv[1:])
     if args.logs:
         runs = stats.read_runs(args.logs)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -312,7 +311,7 @@ def main():
     numbers = trained(args.run) if args.run else initialisation(args.seeds)
     file = args.out / f"{args.run.resolve().name if args.run else 'initialisation'}.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps({"made": made | {"commit": stats.commit()}, **numbers}))
+    write(file, json.dumps({"made": made, **numbers}))
     show(file)
 
 
