@@ -108,7 +108,8 @@ def several(known):
         wanted = list(known) if text == "all" else text.split(",")
         for name in wanted:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"there is no {name!r}{nearest(name, list(known))}")
+                near = nearest(name, list(known)) or f"; of {', '.join(known)}"
+                raise argparse.ArgumentTypeError(f"there is no {name!r}{near}")
         return wanted
 
     return names

@@ -1,57 +1,71 @@
-"""What is each choice of RaPTr worth? Change one at a time, and compare it with the default.
+"""What is each choice of RaPTr worth? Each is compared with the default.
 
-    python -m studies.choices --data corpus/books --jobs 2       every choice, with three seeds
-    python -m studies.choices --data corpus/books --choices gap,zero
-    python -m studies.choices --rebuild                          table and figure from the logs in results/
+    python -m studies.choices --data corpus/books --jobs 2 --compile                      every choice, three seeds
+    python -m studies.choices --data corpus/books --jobs 2 --compile --choices gap,zero   these, beside what is there
+    python -m studies.choices --rebuild                                                   table and figure from the logs
 
 The setting is the shortest of studies/length.py, with its learning rates: UL2 12 x 128, 1200 steps. The default is its
-RaPTr: stages 6-8-10-12 of equal length, 1.333x. Runs are in results/choices-1200/, those of the default and of full
-training in results/length-1200/; what they say together is in results/choices/. A choice that changes the FLOPs is also
-compared with full training of as many layer FLOPs. The rule of the words in the table was in results/LOG.md before the
-first run. Flags of train.py may follow.
+RaPTr, with stages 6-8-10-12 of equal length, which takes 3/4 of the layer FLOPs. Every choice is also compared with
+full training of as many layer FLOPs as its own, on fewer steps.
+
+    gap, uniform, inverse   scaling of the kept layers
+    bernoulli               k layers on average, not exactly
+    unpinned                no layer is always kept
+    zero                    the gradient of a skipped layer is zero, not none
+    3-6-9-12_alpha1         other stages, which take as many FLOPs
+    opening                 the full model trains for the first 7.5% of the steps; more FLOPs
+    alpha1                  stage s lasts a share proportional to s, the budget 1.2; more FLOPs
+    9-10-11-12, 3-6-9-12    other stages; more FLOPs, fewer
+    budget2                 half the FLOPs of full training
+
+Runs are in results/choices-1200/, those of the default and of full training in results/length-1200/ (NAME-1200/ and
+NAME-length-1200/ with --name). What they say together is in results/choices/. The rule of the words in the table was in
+results/LOG.md before the first run. Flags of train.py may follow.
 """
 
+import json
+import math
 from pathlib import Path
 
 import methods
 from engine import options
-from engine.errors import guard
+from engine.errors import UserError, guard
 from engine.log import subplots, write
 from raptr import mean_layers
 from studies import budget, compare, length, stats
 
-STEPS, BUDGET = 1200, 4 / 3
-CHOICES = {  # name: (what the paper leaves open or varies, what is different from the default)
-    "gap": ("scaling", ["--scaling=gap"]),
-    "uniform": ("scaling", ["--scaling=uniform"]),
-    "inverse": ("scaling", ["--scaling=inverse"]),
-    "bernoulli": ("k layers on average", ["--sampling=bernoulli"]),
-    "unpinned": ("no layer always kept", ["--fixed=none"]),
-    "zero": ("skipped gradient zero", ["--skipped_grad=zero"]),
-    "3-6-9-12_alpha1": ("stages, same FLOPs", ["--stages=3-6-9-12", "--alpha=1"]),
-    "opening": ("full model for 7.5% first", [f"--full_warmup={STEPS * 3 // 40}"]),
-    "alpha1": ("budget 1.2 (alpha 1)", ["--alpha=1"]),
-    "3-6-9-12": ("stages", ["--stages=3-6-9-12"]),
-    "9-10-11-12": ("stages", ["--stages=9-10-11-12"]),
-    "budget2": ("budget 2", None),  # None: the flags follow from the budget
+STEPS = 1200
+CHOICES = {  # {name: what differs from the default}; None: it follows from the budget
+    "gap": ["--scaling=gap"],
+    "uniform": ["--scaling=uniform"],
+    "inverse": ["--scaling=inverse"],
+    "bernoulli": ["--sampling=bernoulli"],
+    "unpinned": ["--fixed=none"],
+    "zero": ["--skipped_grad=zero"],
+    "3-6-9-12_alpha1": ["--stages=3-6-9-12", "--alpha=1"],
+    "opening": [f"--full_warmup={STEPS * 3 // 40}"],
+    "alpha1": ["--alpha=1"],
+    "9-10-11-12": ["--stages=9-10-11-12"],
+    "3-6-9-12": ["--stages=3-6-9-12"],
+    "budget2": None,
 }
 DEFAULT = "raptr"
 ROOT = Path("results")  # of all pages
 
 
 def flags_of(choice, base):
-    """Flags of train.py for a choice, or for the default. base: the parsed flags of full training."""
-    if choice == "budget2":
+    """Flags of train.py for a choice. base: the parsed flags of full training."""
+    if CHOICES[choice] is None:
         return budget.schedule(DEFAULT, base, 2)
-    different = [] if choice == DEFAULT else CHOICES[choice][1]
-    given = {flag.split("=")[0] for flag in different}
-    return [f for f in budget.schedule(DEFAULT, base, BUDGET) if f.split("=")[0] not in given] + different
+    given = {flag.split("=")[0] for flag in CHOICES[choice]}
+    default = budget.schedule(DEFAULT, base, length.BUDGET)
+    return [flag for flag in default if flag.split("=")[0] not in given] + CHOICES[choice]
 
 
 def equal_flops(args):
     """(name of the arm, steps) of full training with as many layer FLOPs as a run with these parsed flags."""
     steps = round(args.steps * mean_layers(methods.choose(args), args.steps) / args.layers)
-    return ("full_flops" if steps == round(args.steps / BUDGET) else f"full_{steps}"), steps
+    return ("full_flops" if steps == round(args.steps / length.BUDGET) else f"full_{steps}"), steps
 
 
 def plan(choices, common, rates):
@@ -74,59 +88,68 @@ def word(values):
     mean, half = stats.interval(values)
     if half is None:
         return "undecided"
-    if mean + half < 0 or mean - half > 0:
+    if abs(mean) > half:
         return "better" if mean < 0 else "worse"
     return "level" if abs(mean) + half < length.LEVEL else "undecided"
 
 
-def measured(values):
-    return f"{stats.signed(stats.interval(values))}, {word(values)}" if values else ""
+def as_dear(run):
+    """Whether a run takes as many layer FLOPs as the default."""
+    return math.isclose(stats.event(run, "run")["relative_flops_layers"], length.BUDGET, rel_tol=1e-3)
 
 
 def rows(runs):
-    """[(choice, what it changes, its loss minus the default's by seed, its loss minus that of full training with as
-    many layer FLOPs by seed, its runs)], the default first."""
+    """[(choice, its runs, its loss minus the default's by seed, its loss minus that of full training with as many layer
+    FLOPs by seed)], the default first, then the choices that take as many FLOPs."""
     found = []
     for choice in [DEFAULT, *CHOICES]:
         its = [run for run in runs if run["arm"] == choice]
         if its:
             full, _ = equal_flops(options.complete(stats.event(its[0], "run")["flags"]))
-            what = CHOICES[choice][0] if choice != DEFAULT else "the default"
             of_default = length.differences(runs, choice, DEFAULT) if choice != DEFAULT else []
-            found.append((choice, what, of_default, length.differences(runs, choice, full), its))
-    return found
+            found.append((choice, its, of_default, length.differences(runs, choice, full)))
+    return sorted(found, key=lambda row: not as_dear(row[1][0]))
 
 
-def write_page(folder, runs):
-    """table.md and choices.png of a folder."""
-    of_choice = rows(runs)
-    lines = ["# What each choice of RaPTr is worth", ""]
-    lines += [
-        f"Made again by `python -m studies.choices --rebuild`, from {folder}-{STEPS}/ and results/length-{STEPS}/."
-    ]
-    lines += [
-        "Differences of held-out losses are paired by seed, mean ± 95% interval (Student's t); below 0 is better."
-    ]
-    cells = []
-    for choice, what, of_default, of_full, its in of_choice:
-        factor = f"{stats.event(its[0], 'run')['relative_flops_layers']:.3f}x"
-        losses = stats.spread([stats.loss(run) for run in its])
-        cells.append([choice, what, factor, losses, measured(of_default), measured(of_full)])
-    head = ["choice", "changes", "layer FLOPs", "held-out loss", "minus the default", "minus full, same layer FLOPs"]
-    write(folder / "table.md", "\n".join([*lines, "", *stats.table(head, cells)]) + "\n")
-    draw(of_choice, folder / "choices.png")
-    print((folder / "table.md").read_text())
+def write_page(name, runs, made):
+    """results/NAME/table.md and choices.png. made: of the choices, and of what they are compared with."""
+    begun = [stats.event(run, "run") for run in runs]
+    if len({event["data"]["fingerprint"] for event in begun}) > 1:
+        raise UserError(f"results/{name}-{STEPS}: was trained on another text than what it is compared with")
+    cells = {True: [], False: []}
+    for choice, its, of_default, of_full in rows(runs):
+        flags = stats.event(its[0], "run")["flags"]
+        different = [flag[2:].split("=")[0] for flag in CHOICES.get(choice, ()) or ("--stages", "--alpha")]
+        share = 1 / stats.event(its[0], "run")["relative_flops_layers"]
+        losses = f"{stats.spread([stats.loss(run) for run in its])} ({len(its)})"
+        compared = [stats.measured(values, word) for values in (of_default, of_full)]
+        changed = budget.as_text([f"--{flag}={flags[flag]}" for flag in different])
+        cells[as_dear(its[0])].append([choice, changed, f"{share:.3f}", losses, *compared])
+    size = compare.size(options.complete(begun[0]["flags"]))
+    head = ["choice", "flags", "layer FLOPs", "held-out loss", "minus the default", "minus full of its own FLOPs"]
+    lines = ["# What each choice of RaPTr is worth", "", stats.rebuilt("studies.choices", name), ""]
+    lines += [line for each in made for line in stats.made_by(each)]
+    lines += [f"UL2 {size}; one learning rate, {begun[0]['flags']['lr']:g}, chosen for the default. Layer FLOPs:"]
+    lines += [f"as a share of full training's. Loss: mean ± std (seeds). {stats.PAIRED}"]
+    lines += [f"Level: the interval lies within {length.LEVEL}. Of so many choices some may stand out by chance."]
+    lines += ["", "## As many FLOPs as the default", "", *stats.table(head, cells[True])]
+    if cells[False]:
+        lines += ["", "## More FLOPs, or fewer: read the last column", "", *stats.table(head, cells[False])]
+    (ROOT / name).mkdir(exist_ok=True)
+    write(ROOT / name / "table.md", "\n".join(lines) + "\n")
+    draw(rows(runs), ROOT / name / "choices.png")
+    print((ROOT / name / "table.md").read_text())
 
 
 def draw(of_choice, path):
     """A row for each choice: its difference to the default, and to full training of its own FLOPs."""
     figure, (left, right) = subplots(9, 0.36 * len(of_choice) + 1.1, 1, 2, sharey=True)
-    for y, (_, _, of_default, of_full, _) in enumerate(of_choice):
-        for axes, values in ((left, of_default), (right, of_full)):
+    for y, (_, _, *differences) in enumerate(of_choice):
+        for axes, values in zip((left, right), differences):
             if values:
                 mean, half = stats.interval(values)
                 axes.errorbar(mean, y, xerr=half or 0, fmt="o", ms=5, capsize=2, color="tab:blue")
-    for axes, title in ((left, "minus the default"), (right, "minus full training of as many layer FLOPs")):
+    for axes, title in ((left, "minus the default"), (right, "minus full training of its own FLOPs")):
         axes.axvline(0, color="black", lw=1)
         axes.set(title=title, xlabel="held-out loss (nats), 95% interval")
     left.set_yticks(range(len(of_choice)), [choice.replace("_", ", ") for choice, *_ in of_choice])
@@ -140,24 +163,24 @@ def draw(of_choice, path):
 def parser():
     parser = compare.study_parser("studies.choices", __doc__)
     add = parser.add_argument
-    add("--choices", type=options.several(CHOICES), default=list(CHOICES), help=f"of {', '.join(CHOICES)} [all]")
-    add("--length", default="length", help="--name of the studies.length that it adds to [length]")
+    add("--choices", type=options.several(CHOICES), default=list(CHOICES), help="some of the above, with commas [all]")
     return parser
 
 
 def main(argv=None):
-    args, more, made = compare.parse_study(parser(), argv)
-    of_length = budget.changed(args, name=args.length)
+    args, more, made = compare.parse_study(parser(), argv, length.OWN)
+    name, other = f"{args.name}-{STEPS}", "length" if args.name == "choices" else f"{args.name}-length"
     if not args.rebuild:
-        length.train(STEPS, ["full", "full_flops", DEFAULT], of_length, more, made)
+        of_length = budget.changed(args, name=other)
         common, machine = compare.prepare(length.flags_at(STEPS, more), args.jobs)
+        plan(args.choices, common, {"raptr": 1, "full": 1})  # what cannot be is found before anything runs
+        length.train(STEPS, ["full", "full_flops", DEFAULT], of_length, more, made)
         arms = plan(args.choices, common, length.choose_rates(of_length, more))
-        name = f"{args.name}-{STEPS}"
-        titled = {"title": f"{name}: RaPTr with other choices, 12 x 128, {STEPS} steps of 16 x 64", **made}
-        compare.compare(name, arms, range(args.seeds), common, machine, titled)
-    found = stats.read_all({name: ROOT / f"{name}-{STEPS}" for name in (args.length, args.name)})
-    (ROOT / args.name).mkdir(exist_ok=True)
-    write_page(ROOT / args.name, [run for runs in found.values() for run in runs])
+        title = f"{name}: {compare.size(options.parse([*common, '--method=full']))}, choices of RaPTr"
+        compare.compare(name, arms, range(args.seeds), common, machine, {"title": title, **made})
+    folders = [ROOT / name, ROOT / f"{other}-{STEPS}"]
+    runs = [run for folder in folders for run in stats.read_runs(folder)]
+    write_page(args.name, runs, [json.loads((folder / "table.json").read_text())["made"] for folder in folders])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run_all(jobs, text, devices, count, may_diverge=False, train_first=None):
 
     text: fingerprint of the corpus. may_diverge: accept a run whose loss was not finite (exit code 3).
     train_first: a function (folder, flags, run) for flags with FIRST in them, by default `train_parents`. It trains
-        others by run(their folder, their flags), and returns the flags that begin from there.
+        others by run(their folder, their flags), and returns the flags that begin from there, or None to leave it out.
     Raises UserError if a run fails, or its folder holds a run with other flags.
     """
     free = queue.Queue()
@@ -115,26 +115,31 @@ def finished(folder, flags, text):
 
 
 def in_results(results, wanted, text):
-    """What a results folder has already: ({(arm, seed): run}, {arm: its schedule}). Raises UserError if one of the
-    `wanted` runs, {(arm, seed): flags}, is there with other flags, or another text."""
+    """What a results folder has already: ({(arm, seed): run}, {arm: its schedule}). Raises UserError if it is of
+    another text, or has one of the `wanted` runs, {(arm, seed): flags}, with other flags."""
     if not (results / "runs.jsonl").exists():
         return {}, {}
     known = {(run["arm"], run["seed"]): run for run in stats.read_runs(results)}
+    for job, run in known.items():
+        if stats.event(run, "run")["data"]["fingerprint"] != text:
+            refuse(f"{results}: {job[0]}-{job[1]}", ["data_fingerprint"])
     for job in known.keys() & wanted.keys():
-        begun = stats.event(known[job], "run")
-        now = vars(options.parse([flag for flag in wanted[job] if flag != FIRST]))
-        then = {**begun["flags"], "data_fingerprint": begun["data"]["fingerprint"]}
-        refuse(f"{results}: {job[0]}-{job[1]}", must_match(then, {**now, "data_fingerprint": text}))
+        now = vars(options.parse([flag for flag in wanted[job] if flag != FIRST])) | {"data_fingerprint": text}
+        refuse(f"{results}: {job[0]}-{job[1]}", must_match(stats.event(known[job], "run")["flags"], now))
     return known, json.loads((results / "table.json").read_text())["schedules"]
 
 
-def refuse_own(more):
-    """Raise UserError if `more`, flags of train.py for all arms, has one that a comparison sets itself."""
+def refuse_own(more, own=()):
+    """Raise UserError if `more`, flags of train.py for all arms, has one that a comparison, or a study (`own`), sets
+    itself."""
     for flag in more:
-        if flag.split("=")[0] in ("--stages", "--alpha", "--mean_depth"):
+        name = flag.split("=")[0]
+        if name in ("--stages", "--alpha", "--mean_depth"):
             raise UserError(f"{flag}: follows from the budget; it cannot be given")
-        if flag.split("=")[0] in ("--seed", "--method", "--out"):
-            raise UserError(f"{flag}: each run has its own; use --seeds and --methods")
+        if name in ("--seed", "--method", "--out"):
+            raise UserError(f"{flag}: each run has its own; use --seeds, --methods, --name")
+        if name in own:
+            raise UserError(f"{flag}: the study sets it; use studies.compare")
 
 
 def refuse(run, different):
@@ -230,22 +235,29 @@ def gpus():
     return visible.split(",") if visible and there else list(range(there))
 
 
+def size(base):
+    """Shape and length of the runs of a comparison, for its title. base: the parsed flags of full training."""
+    return f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
+
+
 def study_parser(module, doc):
     """A parser for a study of several comparisons, with the flags that they share."""
     parser = options.command(module, doc)
     add = parser.add_argument
-    add("--name", default=module.split(".")[-1], help="its folders begin with it; for another text or other flags")
+    name = module.split(".")[-1]
+    add("--name", default=name, help=f"its folders begin with it; another one for another text or flags [{name}]")
     add("--seeds", type=options.count, default=3, help="how many [3]")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     add("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
     return parser
 
 
-def parse_study(parser, argv):
-    """(flags of a study, flags of train.py for all its arms, the command and commit that run it)."""
+def parse_study(parser, argv, own=()):
+    """(flags of a study, flags of train.py for all its arms, the command and commit that run it). own: flags of
+    train.py that the study sets itself."""
     argv = sys.argv[1:] if argv is None else argv
     args, more = parser.parse_known_args(argv)
-    refuse_own(more)
+    refuse_own(more, own)
     return args, more, stats.made(parser.prog.removeprefix("python -m "), argv)
 
 
@@ -256,13 +268,13 @@ def parser():
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
     add("--config", default="configs/bert_toy.toml", help="preset of train.py [configs/bert_toy.toml]")
     default = "full,full_flops,raptr,stacking"
-    add("--methods", type=options.several(ARMS), default=default, help=f"of {', '.join(ARMS)}; or all")
+    add("--methods", type=options.several(ARMS), default=default, help=f"of {', '.join(ARMS)}; or all [{default}]")
     add("--seeds", type=options.count, default=3, help="how many [3]")
     add("--first_seed", type=options.natural, default=0, help="the first of the seeds [0]")
     add("--budget", type=numbers(above_1), default="1.333", help="relative layer FLOPs, one or several [1.333]")
     add("--lr", type=numbers(options.positive), default=[], help="of several, each arm gets its best, on other seeds")
     add("--tuning_seeds", type=options.count, default=1, help="how many seeds choose a learning rate [1]")
-    add("--name", default="compare", help="folder under results/ and out/compare/")
+    add("--name", default="compare", help="folder under results/ and out/compare/ [compare]")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     add("--plan", action="store_true", help="print the schedules and stop")
     add("--time", action="store_true", help="draw loss against time too; only for a machine without other load")
@@ -286,27 +298,22 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     out, results = Path("out/compare", name), Path("results", name)
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    if (results / "table.json").exists():
-        earlier = json.loads((results / "table.json").read_text())["made"]
-    elif (out / "made.json").exists():  # of a start that was stopped
-        earlier = json.loads((out / "made.json").read_text())
-    else:
-        earlier = made
-        write(out / "made.json", json.dumps(made))
     jobs = {(arm, seed): out / f"{arm}-{seed}" for seed in seeds for arm in flags}
     wanted = {(arm, seed): [*common, *flags[arm], f"--seed={seed}"] for arm, seed in jobs}
     # Runs of an earlier start whose folders are not here, perhaps on another machine, count as they are in results/.
     known, schedules = in_results(results, {job: wanted[job] for job in jobs if not jobs[job].exists()}, machine[0])
     here = [job for job in jobs if job not in known or jobs[job].exists()]
-    new = set(here) - known.keys()
+    table = json.loads((results / "table.json").read_text()) if known else {}
+    starts = [table["made"]] if known else []
+    starts += [json.loads((out / "made.json").read_text())] if (out / "made.json").exists() else []
+    made = stats.joined(starts + [made] * bool(not starts or set(here) - known.keys()))
+    write(out / "made.json", json.dumps(made))  # for the next start, if this one is stopped
     run_all([(jobs[job], wanted[job]) for job in here], *machine, train_first=train_first)
     known |= {job: summary(jobs[job], *job) for job in here}
     schedules |= {arm: as_text(flags[arm]) for arm in flags}
     runs = [known[job] for job in sorted(known, key=lambda job: (job[1], [*schedules].index(job[0])))]
     write(results / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
-    if new and made["command"] not in earlier["command"]:  # both made the runs
-        earlier |= {name: f"{earlier[name]}; {made[name]}" for name in ("command", "commit")}
-    about = {"made": earlier, "tuning": tuning or {}, "schedules": schedules}
+    about = {"made": made, "tuning": table.get("tuning", {}) | (tuning or {}), "schedules": schedules}
     write(results / "table.json", json.dumps(about))
     write_results(results, with_time)
 
@@ -328,8 +335,7 @@ def main(argv=None):
         elif args.lr:
             tried = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
             flags, tuning = tune(flags, args.lr, tried, threaded, Path("out/compare", name), *machine)
-        size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
-        titled = {"title": f"{name}: {size}, at {budget:g}x", **made}
+        titled = {"title": f"{name}: {size(base)}, at {budget:g}x", **made}
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         compare(name, flags, seeds, threaded, machine, titled, tuning, args.time)
 

@@ -26,9 +26,10 @@ KINDS = {  # whose learning rate an arm takes
 }
 CENTRAL = ["full", "full_flops", "raptr", "constant", "stacking"]  # at every length
 LENGTHS = {1200: [*CENTRAL, "pld", "midas", "fusion"], 3600: [*CENTRAL, "pld", "midas", "fusion"], 7200: CENTRAL}
-RATES, TRIED_AT = (2e-3, 4e-3), 3600
+BUDGET, RATES, TRIED_AT = 4 / 3, (2e-3, 4e-3), 3600
 SETTING = ["--config=configs/ul2_toy.toml", "--layers=12", "--width=128", "--mlp=320", "--init_std=0.088"]
 SETTING += ["--vocab=4096", f"--denoisers={UL2}", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
+OWN = ("--lr", "--steps")  # flags that it sets itself
 LEVEL = 0.02  # nats: intervals within this much of 0 are called level
 ROOT = Path("results")  # of all pages
 
@@ -38,7 +39,7 @@ def flags_at(steps, more):
 
 
 def planned(arms, common):
-    return budget.plan(arms, options.parse([*common, "--method=full"]), 4 / 3)
+    return budget.plan(arms, options.parse([*common, "--method=full"]), BUDGET)
 
 
 def choose_rates(args, more):
@@ -52,6 +53,9 @@ def choose_rates(args, more):
         write(file, json.dumps(trials, indent=1))
     trials = json.loads(file.read_text())
     ended = {kind: {r: x for r, x in losses.items() if x != "did not end"} for kind, losses in trials.items()}
+    for kind, losses in ended.items():
+        if not losses:
+            raise UserError(f"{kind} diverges with every learning rate: {', '.join(trials[kind])}")
     return {kind: float(min(losses, key=losses.get)) for kind, losses in ended.items()}
 
 
@@ -60,8 +64,8 @@ def train(steps, arms, args, more, made):
     rates = {arm: rate for kind, rate in choose_rates(args, more).items() for arm in KINDS[kind]}
     common, machine = compare.prepare(flags_at(steps, more), args.jobs)
     flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
-    name = f"{args.name}-{steps}"
-    made = {"title": f"{name}: 12 x 128, {steps} steps of 16 x 64, at 1.333x", **made}
+    name, base = f"{args.name}-{steps}", options.parse([*common, "--method=full"])
+    made = {"title": f"{name}: {compare.size(base)}, at 1.333x", **made}
     compare.compare(name, flags, range(args.seeds), common, machine, made)
 
 
@@ -127,10 +131,8 @@ def write_page(name, lengths):
         points[arm] = {n: stats.interval(d) for n in lengths if (d := differences(lengths[n], arm, "full"))}
         rows.append([f"{arm} minus full", *(stats.signed(points[arm].get(n)) for n in lengths)])
     head = ["", *(f"{tokens[n]:.1f}M tokens" for n in lengths)]
-    lines = ["# Length", "", f"Made again by `python -m studies.length --rebuild`, from the logs of results/{name}-*/."]
-    lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
-    measured = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
-    answers = [[question, measured(values), word] for question, values, word in verdicts(lengths)]
+    lines = ["# Length", "", stats.rebuilt("studies.length", name), stats.PAIRED, ""]
+    answers = [[question, stats.measured(values), word] for question, values, word in verdicts(lengths)]
     lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
     (ROOT / name).mkdir(exist_ok=True)
     write(ROOT / name / "table.md", "\n".join(lines) + "\n")
@@ -161,20 +163,22 @@ def draw(tokens, points, path):
 
 def parser():
     parser = compare.study_parser("studies.length", __doc__)
+    known = ", ".join(map(str, LENGTHS))
     whole = lambda text: [options.count(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--lengths", type=whole, default=list(LENGTHS), help="steps of 1024 tokens")
-    parser.add_argument("--methods", type=options.several(budget.ARMS), help="only these arms")
+    parser.add_argument("--lengths", type=whole, default=list(LENGTHS), help=f"steps of 1024 tokens, of {known} [all]")
+    parser.add_argument("--methods", type=options.several(LENGTHS[1200]), help="only these arms [all]")
     return parser
 
 
 def main(argv=None):
-    args, more, made = compare.parse_study(parser(), argv)
+    args, more, made = compare.parse_study(parser(), argv, OWN)
     if unknown := set(args.lengths) - set(LENGTHS):
         raise UserError(f"--lengths {min(unknown)}: of {', '.join(map(str, LENGTHS))}")
     if not args.rebuild:
         for steps in args.lengths:
             arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]
-            train(steps, arms, args, more, made)
+            if arms:
+                train(steps, arms, args, more, made)
     write_page(args.name, stats.read_all({steps: ROOT / f"{args.name}-{steps}" for steps in LENGTHS}))
 
 

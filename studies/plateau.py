@@ -128,17 +128,17 @@ def first_rows(runs):
 def write_page(name, ways):
     """results/NAME/table.md and plateau.png, from {way: runs}."""
     arms = [arm for arm in ARMS if any(run["arm"] == arm for runs in ways.values() for run in runs)]
-    signed = lambda values: stats.signed(stats.interval(values)) if values else ""  # noqa: E731
     of_full = [[stats.loss(run) for run in runs if run["arm"] == "full"] for runs in ways.values()]
     unigram = [f"{stats.event(runs[0], 'run')['unigram_loss']:.3f}" for runs in ways.values()]
     rows = [["predicting by frequency", *unigram]]
     rows.append(["full, held-out loss", *(stats.spread(losses) if losses else "" for losses in of_full)])
     for arm in arms:
         if arm != "full":
-            rows.append([f"{arm} minus full", *(signed(differences(runs, arm, "full")) for runs in ways.values())])
-    rows.append(["lead of stacking (full minus stacking)", *(signed([*lead(runs).values()]) for runs in ways.values())])
-    lines = ["# Plateau", "", f"Made again by `python -m studies.plateau --rebuild`, from logs in results/{name}-*/."]
-    lines += ["Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.", ""]
+            behind = [differences(runs, arm, "full") for runs in ways.values()]
+            rows.append([f"{arm} minus full", *map(stats.measured, behind)])
+    leads = [list(lead(runs).values()) for runs in ways.values()]
+    rows.append(["lead of stacking (full minus stacking)", *map(stats.measured, leads)])
+    lines = ["# Plateau", "", stats.rebuilt("studies.plateau", name), stats.PAIRED, ""]
     for way in ways:
         made = json.loads((ROOT / f"{name}-{way}" / "table.json").read_text())["made"]
         lines += [f"- {way}: {line}" for line in stats.made_by(made) if line]
@@ -199,9 +199,8 @@ def main(argv=None):
             flags = budget.plan(args.methods, base, 4 / 3)
             if way == "past":
                 flags = {arm: [*its, budget.FIRST] for arm, its in flags.items()}
-            size = f"{base.layers} x {base.width}, {base.steps} steps of {base.batch} x {base.seq}"
             name = f"{args.name}-{way}"
-            titled = {"title": f"{name}: {size}, at 1.333x", **made}
+            titled = {"title": f"{name}: {compare.size(base)}, at 1.333x", **made}
             past = functools.partial(train_first, margin=args.margin)
             compare.compare(name, flags, range(args.seeds), common, machine, titled, train_first=past)
     write_page(args.name, stats.read_all({way: ROOT / f"{args.name}-{way}" for way in WAYS}))

@@ -150,9 +150,10 @@ def jump_table(changes):
     return table(head, cells)
 
 
+PAIRED = "Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better."
 LEGEND = [
     "FLOPs are factors: how many times as many full training takes. Held-out loss: mean ± standard deviation over",
-    "seeds (number of seeds). Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better.",
+    f"seeds (number of seeds). {PAIRED}",
 ]
 
 
@@ -186,6 +187,24 @@ def commit():
 def made(module, argv):
     """{"command": ..., "commit": ...} of a study that runs now with these arguments."""
     return {"command": shlex.join(["python", "-m", module, *argv]), "commit": commit()}
+
+
+def joined(starts):
+    """What several starts made together: each command with its commit once. The title is the first one's."""
+    pairs = [pair for made in starts for pair in zip(made["command"].split("; "), made.get("commit", "").split("; "))]
+    commands, commits = map("; ".join, zip(*dict.fromkeys(pairs)))
+    return starts[0] | {"command": commands, "commit": commits}
+
+
+def measured(values, word=None):
+    """Mean and interval of values, as text, and a word for them. Nothing for none."""
+    return f"{signed(interval(values))}{f', {word(values)}' if word else ''}" if values else ""
+
+
+def rebuilt(module, name):
+    """The line of a study's page that says how to make it again."""
+    more = "" if name == module.split(".")[-1] else f" --name {name}"
+    return f"Made again by `python -m {module} --rebuild{more}`, from committed logs."
 
 
 def made_by(made):

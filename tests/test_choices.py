@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
 import methods
 from engine import options
+from engine.errors import UserError
 from raptr import mean_layers
-from studies import choices, length, stats
+from studies import choices, compare, length, stats
 
 COMMON = length.flags_at(choices.STEPS, [])
 RATES = {"full": 2e-3, "raptr": 4e-3}
@@ -31,9 +33,9 @@ def test_the_word_follows_the_rule(values, word):
 def test_a_choice_differs_in_what_it_says_and_nothing_else():
     arms = choices.plan(list(choices.CHOICES), COMMON, RATES)
     parsed = {arm: vars(options.parse([*COMMON, *flags])) for arm, flags in arms.items()}
-    default = vars(options.parse([*COMMON, *choices.flags_of("raptr", options.parse([*COMMON, "--method=full"]))]))
-    for choice in set(choices.CHOICES) - {"budget2"}:
-        named = {flag[2:].split("=")[0] for flag in choices.CHOICES[choice][1]}
+    default = vars(options.parse([*COMMON, *length.planned(["raptr"], COMMON)["raptr"]]))
+    for choice, flags in choices.CHOICES.items():
+        named = {flag[2:].split("=")[0] for flag in flags} if flags else {"stages", "alpha"}
         different = {name for name, value in parsed[choice].items() if value != default[name]} - {"out", "lr"}
         assert different == named, choice
         assert parsed[choice]["lr"] == RATES["raptr"]
@@ -56,38 +58,75 @@ def test_full_training_with_the_flops_of_each_choice_is_there():
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A place where the study runs at a tiny size."""
+def small(monkeypatch, tmp_path, corpus, at_once):
+    """Flags of the study at a tiny size, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    small = "--layers=4 --width=32 --mlp=40 --heads=2 --seq=32 --batch=4 --eval_sequences=16 --threads=1".split()
-    setting = [f"--config={choices.compare.ROOT / 'configs/ul2_toy.toml'}", *length.SETTING[1:], *small]
-    monkeypatch.setattr(length, "SETTING", setting)
+    flags = "--layers=4 --width=32 --mlp=40 --heads=2 --seq=32 --batch=4 --eval_sequences=16 --threads=1 --vocab=512"
+    monkeypatch.setattr(length, "SETTING", [*length.SETTING, *flags.split()])
+    monkeypatch.setattr(length, "TRIED_AT", 8)
     monkeypatch.setattr(choices, "STEPS", 16)
-    monkeypatch.setitem(choices.CHOICES, "alpha1", ("budget 1.2", ["--alpha=1"]))
-    (tmp_path / "results" / "length").mkdir(parents=True)
-    trials = {kind: {"0.002": 4.0, "0.004": 5.0} for kind in length.KINDS}
-    (tmp_path / "results" / "length" / "rates.json").write_text(json.dumps(trials))
-    return tmp_path
+    return ["--data", str(corpus), "--name", "mine", "--seeds", "2"]
 
 
-def test_the_study_from_nothing_and_again(tiny, capsys):
-    choices.main(["--choices", "zero,alpha1", "--seeds", "2"])
-    table = (tiny / "results/choices/table.md").read_text()
-    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][1:] == [
-        "| raptr", "| zero", "| alpha1"
-    ]  # fmt: skip
-    runs = [*stats.read_runs("results/length-16"), *stats.read_runs("results/choices-16")]
+def test_the_study_from_nothing_then_further_then_from_its_results(small, tmp_path):
+    choices.main([*small, "--choices", "zero"])
+    page = tmp_path / "results/mine/table.md"
+    assert "| zero | skipped_grad zero | 0.750 |" in page.read_text()
+    choices.main([*small, "--choices", "alpha1"])
+    table, figure = page.read_text(), page.with_name("choices.png")
+    named = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert named == ["| choice", "| raptr", "| zero", "| choice", "| alpha1"]
+    assert "choices zero; python" in table and "--rebuild --name mine`" in table
+    assert json.loads((tmp_path / "results/mine-length/rates.json").read_text()).keys() == length.KINDS.keys()
+    runs = [*stats.read_runs("results/mine-length-16"), *stats.read_runs("results/mine-16")]
     assert {run["arm"] for run in runs} == {"full", "full_flops", "raptr", "zero", "alpha1", "full_13"}
     losses = {(run["arm"], run["seed"]): stats.loss(run) for run in runs}
     mean = sum(losses["zero", seed] - losses["raptr", seed] for seed in range(2)) / 2
-    assert f"{mean:+.3f} ±" in table
-    assert (tiny / "results/choices/choices.png").stat().st_size > 10_000
-    (tiny / "results/choices/table.md").unlink()
-    choices.main(["--rebuild"])
-    assert (tiny / "results/choices/table.md").read_text() == table
+    assert f"{mean:+.3f} ±" in table and figure.stat().st_size > 10_000
+
+    shutil.rmtree(tmp_path / "out")
+    page.unlink()
+    choices.main([*small, "--choices", "zero,alpha1"])
+    assert not [*tmp_path.glob("out/compare/*/*/log.jsonl")]  # results/ is enough
+    assert page.read_text() == table  # a start that trains nothing is not named
+    page.unlink()
+    choices.main(["--rebuild", "--name", "mine"])
+    assert page.read_text() == table
+
+
+def test_a_page_of_two_texts_is_refused(small, tmp_path):
+    choices.main([*small, "--choices", "zero"])
+    file = tmp_path / "results/mine-16/runs.jsonl"
+    runs = stats.read_runs(file.parent)
+    stats.event(runs[0], "run")["data"]["fingerprint"] = "other"
+    file.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    with pytest.raises(UserError, match="another text"):
+        choices.main(["--rebuild", "--name", "mine"])
+    with pytest.raises(UserError, match="another text; choose another --name"):
+        choices.main([*small, "--choices", "gap"])
+
+
+@pytest.mark.parametrize(
+    "flag, words", [("--lr=1", "study sets it"), ("--seed=1", "use --seeds"), ("--layers=6", "must be 6")]
+)
+def test_flags_that_cannot_be(flag, words, tmp_path, monkeypatch, corpus, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, SystemExit)) as stopped:
+        choices.main(["--choices", "9-10-11-12", "--data", str(corpus), "--vocab=512", flag])
+    assert words in f"{stopped.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_wrong_choice_is_one_sentence(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        choices.main(["--choices", "zeros"])
-    assert stopped.value.code == 2 and "there is no 'zeros'; did you mean" in capsys.readouterr().err.replace("\n", " ")
+    for name, words in (("zeros", "did you mean zero?"), ("blue", "of gap, uniform, inverse")):
+        with pytest.raises(SystemExit) as stopped:
+            choices.main(["--choices", name])
+        assert stopped.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
+
+
+def test_starts_are_joined_pair_by_pair():
+    one, two = {"title": "t", "command": "a --choices gap", "commit": "1"}, {"command": "a", "commit": "1"}
+    both = {"title": "t", "command": "a --choices gap; a", "commit": "1; 1"}
+    assert stats.joined([one, two]) == both == stats.joined([both, two])  # one is a prefix of the other
+    assert stats.joined([both, two | {"commit": "2"}])["commit"] == "1; 1; 2"
+    assert compare.size(options.parse(["--steps=7"])).endswith("7 steps of 16 x 64")
