@@ -93,7 +93,7 @@ def word(values):
     return "level" if abs(mean) + half < length.LEVEL else "undecided"
 
 
-def as_dear(run):
+def costs_the_same(run):
     """Whether a run takes as many layer FLOPs as the default."""
     return math.isclose(stats.event(run, "run")["relative_flops_layers"], length.BUDGET, rel_tol=1e-3)
 
@@ -108,7 +108,7 @@ def rows(runs):
             full, _ = equal_flops(options.complete(stats.event(its[0], "run")["flags"]))
             of_default = length.differences(runs, choice, DEFAULT) if choice != DEFAULT else []
             found.append((choice, its, of_default, length.differences(runs, choice, full)))
-    return sorted(found, key=lambda row: not as_dear(row[1][0]))
+    return sorted(found, key=lambda row: not costs_the_same(row[1][0]))
 
 
 def write_page(name, runs, made):
@@ -124,7 +124,7 @@ def write_page(name, runs, made):
         losses = f"{stats.spread([stats.loss(run) for run in its])} ({len(its)})"
         compared = [stats.measured(values, word) for values in (of_default, of_full)]
         changed = budget.as_text([f"--{flag}={flags[flag]}" for flag in different])
-        cells[as_dear(its[0])].append([choice, changed, f"{share:.3f}", losses, *compared])
+        cells[costs_the_same(its[0])].append([choice, changed, f"{share:.3f}", losses, *compared])
     size = compare.size(options.complete(begun[0]["flags"]))
     head = ["choice", "flags", "layer FLOPs", "held-out loss", "minus the default", "minus full of its own FLOPs"]
     lines = ["# What each choice of RaPTr is worth", "", stats.rebuilt("studies.choices", name), ""]

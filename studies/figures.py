@@ -24,7 +24,11 @@ def points(rows, key, label, path):
     axes.invert_yaxis()
     axes.grid(axis="y", lw=0.4, color="0.85")
     axes.set(xlabel="held-out loss (nats), mean ± std over seeds")
-    axes.set_title(f"{label}, as a share of full training's, beside each name", fontsize=9, loc="left")
+    axes.set_title(
+        f"{label}, as a share of full training's, beside each name; squares: never skips or grows layers",
+        fontsize=9,
+        loc="left",
+    )
     figure.savefig(path, dpi=110)
 
 
