@@ -24,11 +24,8 @@ def points(rows, key, label, path):
     axes.invert_yaxis()
     axes.grid(axis="y", lw=0.4, color="0.85")
     axes.set(xlabel="held-out loss (nats), mean ± std over seeds")
-    axes.set_title(
-        f"{label}, as a share of full training's, beside each name; squares: never skips or grows layers",
-        fontsize=9,
-        loc="left",
-    )
+    title = f"beside each name: {label}, as a share of full training's; squares: no layer is skipped or grown"
+    axes.set_title(title, fontsize=9, loc="left")
     figure.savefig(path, dpi=110)
 
 
