@@ -123,7 +123,8 @@ def write_page(name, runs, made):
         share = 1 / stats.event(its[0], "run")["relative_flops_layers"]
         losses = f"{stats.spread([stats.loss(run) for run in its])} ({len(its)})"
         compared = [stats.measured(values, word) for values in (of_default, of_full)]
-        changed = budget.as_text([f"--{flag}={flags[flag]}" for flag in different])
+        text = {flag: f"{value:g}" if isinstance(value, float) else value for flag, value in flags.items()}
+        changed = budget.as_text([f"--{flag}={text[flag]}" for flag in different])
         cells[costs_the_same(its[0])].append([choice, changed, f"{share:.3f}", losses, *compared])
     size = compare.size(options.complete(begun[0]["flags"]))
     head = ["choice", "flags", "layer FLOPs", "held-out loss", "minus the default", "minus full of its own FLOPs"]
@@ -152,7 +153,9 @@ def draw(of_choice, path):
     for axes, title in ((left, "minus the default"), (right, "minus full training of its own FLOPs")):
         axes.axvline(0, color="black", lw=1)
         axes.set(title=title, xlabel="held-out loss (nats), 95% interval")
-    left.set_yticks(range(len(of_choice)), [choice.replace("_", ", ") for choice, *_ in of_choice])
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="y", lw=0.4, color="0.85")
+    left.set_yticks(range(len(of_choice)), [choice.replace("_", "\n") for choice, *_ in of_choice])
     left.invert_yaxis()
     figure.savefig(path, dpi=110)
 
