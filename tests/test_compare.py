@@ -277,7 +277,8 @@ def test_committed_tables_come_from_committed_logs(name, tmp_path):
     compare.main(["--rebuild", str(folder), "--time"])
     for file in ("runs.jsonl", "table.json", "table.md"):
         assert (folder / file).read_text() == (committed / file).read_text()
-    for figure in ("strips.png", "flops.png", "time.png"):
+    without_full = name == "choices-1200"  # which is compared with that of length-1200: it has no cost relative to it
+    for figure in ["strips.png"] if without_full else ["strips.png", "flops.png", "time.png"]:
         assert (folder / figure).stat().st_size > 3000
     (folder / "table.json").unlink()
     with pytest.raises(UserError, match="table.json"):
