@@ -116,8 +116,8 @@ def write_page(name, runs, made):
     begun = [stats.event(run, "run") for run in runs]
     if len({event["data"]["fingerprint"] for event in begun}) > 1:
         raise UserError(f"results/{name}-{STEPS}: was trained on another text than what it is compared with")
-    cells = {True: [], False: []}
-    for choice, its, of_default, of_full in rows(runs):
+    of_choice, cells = rows(runs), {True: [], False: []}
+    for choice, its, of_default, of_full in of_choice:
         flags = stats.event(its[0], "run")["flags"]
         different = [flag[2:].split("=")[0] for flag in CHOICES.get(choice, ()) or ("--stages", "--alpha")]
         share = 1 / stats.event(its[0], "run")["relative_flops_layers"]
@@ -138,7 +138,7 @@ def write_page(name, runs, made):
         lines += ["", "## More FLOPs, or fewer: read the last column", "", *stats.table(head, cells[False])]
     (ROOT / name).mkdir(exist_ok=True)
     write(ROOT / name / "table.md", "\n".join(lines) + "\n")
-    draw(rows(runs), ROOT / name / "choices.png")
+    draw(of_choice, ROOT / name / "choices.png")
     print((ROOT / name / "table.md").read_text())
 
 
