@@ -367,7 +367,8 @@ def start(args):
         from engine import dry_run
 
         return dry_run.show(args)
-    return parallel.run(lambda ranks: main(args, ranks), args)
+    with contextlib.redirect_stderr(machine.BestEffort(sys.stderr)):
+        return parallel.run(lambda ranks: main(args, ranks), args)
 
 
 if __name__ == "__main__":

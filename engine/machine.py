@@ -49,6 +49,35 @@ def steady_memory():
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+class BestEffort:
+    """A text stream such as stderr that falls silent when it can no longer be written. A run outlives the terminal, the
+    pipe or the disk that its words go to."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.silence()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.silence()
+
+    def silence(self):
+        """Send what is still in the buffer, and all that follows, to nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
 class StopSignals:
     """Catches SIGTERM and SIGINT. The first lets the step finish and the state be saved, the second ends the
     process."""

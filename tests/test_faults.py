@@ -291,6 +291,25 @@ def test_stopped_while_the_disk_is_full(flags, world, rank):
     assert codes == [1] * world and "could not be saved" in errors[0], errors
 
 
+def unheard(rank):
+    """Nobody reads the other end of stderr any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+
+
+def unwritable(rank):
+    """stderr goes to a disk that is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+@pytest.mark.parametrize("fault", [unheard, unwritable])
+@pytest.mark.parametrize("world", [1, 2])
+def test_words_that_reach_nobody_end_no_run(flags, world, fault, tmp_path):
+    assert Run(flags, world, fault=fault).end()[0] == [0] * world
+    assert exact(tmp_path / "run", go(at(flags, tmp_path / "heard")))
+
+
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
