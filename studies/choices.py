@@ -25,7 +25,6 @@ results/LOG.md before the first run. Flags of train.py may follow.
 
 import json
 import math
-from pathlib import Path
 
 import methods
 from engine import options
@@ -50,7 +49,6 @@ CHOICES = {  # {name: what differs from the default}; None: it follows from the 
     "budget2": None,
 }
 DEFAULT = "raptr"
-ROOT = Path("results")  # of all pages
 
 
 def flags_of(choice, base):
@@ -106,8 +104,8 @@ def rows(runs):
         its = [run for run in runs if run["arm"] == choice]
         if its:
             full, _ = equal_flops(options.complete(stats.event(its[0], "run")["flags"]))
-            of_default = length.differences(runs, choice, DEFAULT) if choice != DEFAULT else []
-            found.append((choice, its, of_default, length.differences(runs, choice, full)))
+            of_default = stats.differences(runs, choice, DEFAULT) if choice != DEFAULT else {}
+            found.append((choice, its, of_default, stats.differences(runs, choice, full)))
     return sorted(found, key=lambda row: not costs_the_same(row[1][0]))
 
 
@@ -136,10 +134,10 @@ def write_page(name, runs, made):
     lines += ["", "## As many FLOPs as the default", "", *stats.table(head, cells[True])]
     if cells[False]:
         lines += ["", "## More FLOPs, or fewer: read the last column", "", *stats.table(head, cells[False])]
-    (ROOT / name).mkdir(exist_ok=True)
-    write(ROOT / name / "table.md", "\n".join(lines) + "\n")
-    draw(of_choice, ROOT / name / "choices.png")
-    print((ROOT / name / "table.md").read_text())
+    (stats.RESULTS / name).mkdir(exist_ok=True)
+    write(stats.RESULTS / name / "table.md", "\n".join(lines) + "\n")
+    draw(of_choice, stats.RESULTS / name / "choices.png")
+    print((stats.RESULTS / name / "table.md").read_text())
 
 
 def draw(of_choice, path):
@@ -181,7 +179,7 @@ def main(argv=None):
         arms = plan(args.choices, common, length.choose_rates(of_length, more))
         title = f"{name}: {compare.size(options.parse([*common, '--method=full']))}, choices of RaPTr"
         compare.compare(name, arms, range(args.seeds), common, machine, {"title": title, **made})
-    folders = [ROOT / name, ROOT / f"{other}-{STEPS}"]
+    folders = [stats.RESULTS / name, stats.RESULTS / f"{other}-{STEPS}"]
     runs = [run for folder in folders for run in stats.read_runs(folder)]
     write_page(args.name, runs, [json.loads((folder / "table.json").read_text())["made"] for folder in folders])
 

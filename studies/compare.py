@@ -295,7 +295,7 @@ def prepare(common, jobs):
 def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=False, train_first=None):
     """Run the arms {arm: flags} with every seed, and write results/NAME/. made: title, command and commit. train_first:
     see `run_all`."""
-    out, results = Path("out/compare", name), Path("results", name)
+    out, results = Path("out/compare", name), stats.RESULTS / name
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     jobs = {(arm, seed): out / f"{arm}-{seed}" for seed in seeds for arm in flags}

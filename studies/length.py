@@ -31,7 +31,6 @@ SETTING = ["--config=configs/ul2_toy.toml", "--layers=12", "--width=128", "--mlp
 SETTING += ["--vocab=4096", f"--denoisers={UL2}", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
 OWN = ("--lr", "--steps")  # flags that it sets itself
 LEVEL = 0.02  # nats: intervals within this much of 0 are called level
-ROOT = Path("results")  # of all pages
 
 
 def flags_at(steps, more):
@@ -44,7 +43,7 @@ def planned(arms, common):
 
 def choose_rates(args, more):
     """{kind: its learning rate}, from results/NAME/rates.json or tried now."""
-    file = ROOT / args.name / "rates.json"
+    file = stats.RESULTS / args.name / "rates.json"
     if not file.exists():
         common, machine = compare.prepare(flags_at(TRIED_AT, more), args.jobs)
         flags, out = planned(list(KINDS), common), Path(f"out/compare/{args.name}-rates")
@@ -73,16 +72,11 @@ def train(steps, arms, args, more, made):
 # What the lengths say together
 
 
-def differences(runs, arm, other):
-    """Loss of arm minus loss of other, one number a seed."""
-    return stats.paired(runs, arm, other, lambda a, b: stats.loss(a) - stats.loss(b))
-
-
 def change(lengths, arm, other):
-    """How much the difference of two arms changes from the shortest length to the longest that both have, one number a
-    seed. None if there is only one."""
-    of_length = [d for steps in sorted(lengths) if (d := differences(lengths[steps], arm, other))]
-    return [b - a for a, b in zip(of_length[0], of_length[-1])] if len(of_length) > 1 else None
+    """How much the difference of two arms changes from the shortest length to the longest that both have, {seed:
+    nats}. None if there is only one."""
+    of_length = [d for steps in sorted(lengths) if (d := stats.differences(lengths[steps], arm, other))]
+    return stats.minus(of_length[-1], of_length[0]) if len(of_length) > 1 else None
 
 
 def verdict(values, yes, no):
@@ -108,7 +102,7 @@ def verdicts(lengths):
     """[(question, what was measured, verdict)], by the rules of results/LOG.md, which mean all of LENGTHS."""
     longest = max(lengths)
     gap, lead = change(lengths, "raptr", "full"), change(lengths, "raptr", "stacking")
-    constant = differences(lengths[longest], "raptr", "constant")
+    constant = stats.differences(lengths[longest], "raptr", "constant")
     rows = [
         ("RaPTr's gap to full training closes with length", gap, verdict(gap, falls, stays)),
         ("stacking's lead over RaPTr goes with length", lead, verdict(lead, falls, stays)),
@@ -128,15 +122,16 @@ def write_page(name, lengths):
     rows = [["full, held-out loss", *map(stats.spread, of_full.values())]]
     points = {}
     for arm in arms:
-        points[arm] = {n: stats.interval(d) for n in lengths if (d := differences(lengths[n], arm, "full"))}
+        behind = {n: stats.differences(runs, arm, "full") for n, runs in lengths.items()}
+        points[arm] = {n: stats.interval(values) for n, values in behind.items() if values}
         rows.append([f"{arm} minus full", *(stats.signed(points[arm].get(n)) for n in lengths)])
     head = ["", *(f"{tokens[n]:.1f}M tokens" for n in lengths)]
     lines = ["# Length", "", stats.rebuilt("studies.length", name), stats.PAIRED, ""]
     answers = [[question, stats.measured(values), word] for question, values, word in verdicts(lengths)]
     lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
-    (ROOT / name).mkdir(exist_ok=True)
-    write(ROOT / name / "table.md", "\n".join(lines) + "\n")
-    draw(tokens, points, ROOT / name / "length.png")
+    (stats.RESULTS / name).mkdir(exist_ok=True)
+    write(stats.RESULTS / name / "table.md", "\n".join(lines) + "\n")
+    draw(tokens, points, stats.RESULTS / name / "length.png")
     print("\n".join(lines))
 
 
@@ -179,7 +174,7 @@ def main(argv=None):
             arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]
             if arms:
                 train(steps, arms, args, more, made)
-    write_page(args.name, stats.read_all({steps: ROOT / f"{args.name}-{steps}" for steps in LENGTHS}))
+    write_page(args.name, stats.read_all({steps: stats.RESULTS / f"{args.name}-{steps}" for steps in LENGTHS}))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,12 @@ results/plateau/. The rule of the verdict was in results/LOG.md before the first
 import functools
 import json
 import statistics
-from pathlib import Path
 
 import methods
 from engine import options
 from engine.errors import UserError, guard
 from engine.log import read_log, subplots, write
 from studies import budget, compare, figures, stats
-from studies.length import differences
 from text.corpus import open_corpus
 
 WAYS = ["as_is", "past", "short_plateau"]
@@ -43,7 +41,6 @@ SMALL_VOCAB = 1024
 BEFORE = ["--warmup=72", "--lr_schedule=wsd", "--decay=1e-9", "--eval_on=tuning", "--eval_every=25"]
 LIMIT = 1200  # steps in which an arm must leave the plateau
 BEFORE_SEED = 500  # added to the seed of the run before: other weights and batches than those of any arm
-ROOT = Path("results")  # of all pages
 
 
 def before(flags, margin):
@@ -82,20 +79,19 @@ def corpora(args):
 
 def lead(runs):
     """{seed: loss of full training minus loss of stacking}."""
-    losses = {(run["arm"], run["seed"]): stats.loss(run) for run in runs}
-    seeds = sorted(seed for arm, seed in losses if arm == "full" and ("stacking", seed) in losses)
-    return {seed: losses["full", seed] - losses["stacking", seed] for seed in seeds}
+    return stats.differences(runs, "full", "stacking")
 
 
 def verdict(as_is, past):
-    """yes, no or undecided, by rule 1 of results/LOG.md, from the lead of each seed as it is and past the plateau. "at
-    least half" compares the means. not run: without values."""
-    if not (as_is and past):
+    """yes, no or undecided, by rule 1 of results/LOG.md, from the lead {seed: nats} as it is and past the plateau. "at
+    least half" compares the means. not run: without a seed in both."""
+    shared = stats.minus(as_is, past)
+    if not shared:
         return "not run"
-    if len(as_is) < 2:
+    if len(shared) < 2:
         return "undecided"
     (mean, half), (mean_past, half_past) = stats.interval(as_is), stats.interval(past)
-    shrinks, half_shrinks = stats.interval([a - b for a, b in zip(as_is, past)])
+    shrinks, half_shrinks = stats.interval(shared)
     remains = mean_past - half_past > 0
     if mean - half > 0 and shrinks - half_shrinks > 0 and not remains:
         return "yes"
@@ -104,10 +100,8 @@ def verdict(as_is, past):
 
 def answer(ways):
     """A row of the table: the question, by how much the lead shrinks past the plateau, and the verdict."""
-    leads = {way: lead(ways.get(way, [])) for way in ("as_is", "past")}
-    seeds = sorted(leads["as_is"].keys() & leads["past"].keys())
-    as_is, past = ([leads[way][seed] for seed in seeds] for way in ("as_is", "past"))
-    shrinks = stats.signed(stats.interval([a - b for a, b in zip(as_is, past)])) if seeds else ""
+    as_is, past = (lead(ways.get(way, [])) for way in ("as_is", "past"))
+    shrinks = stats.measured(stats.minus(as_is, past))
     return ["the plateau of word frequencies explains stacking's lead", shrinks, verdict(as_is, past)]
 
 
@@ -134,13 +128,12 @@ def write_page(name, ways):
     rows.append(["full, held-out loss", *(stats.spread(losses) if losses else "" for losses in of_full)])
     for arm in arms:
         if arm != "full":
-            behind = [differences(runs, arm, "full") for runs in ways.values()]
+            behind = [stats.differences(runs, arm, "full") for runs in ways.values()]
             rows.append([f"{arm} minus full", *map(stats.measured, behind)])
-    leads = [list(lead(runs).values()) for runs in ways.values()]
-    rows.append(["lead of stacking (full minus stacking)", *map(stats.measured, leads)])
+    rows.append(["lead of stacking (full minus stacking)", *(stats.measured(lead(runs)) for runs in ways.values())])
     lines = ["# Plateau", "", stats.rebuilt("studies.plateau", name), stats.PAIRED, ""]
     for way in ways:
-        made = json.loads((ROOT / f"{name}-{way}" / "table.json").read_text())["made"]
+        made = json.loads((stats.RESULTS / f"{name}-{way}" / "table.json").read_text())["made"]
         lines += [f"- {way}: {line}" for line in stats.made_by(made) if line]
     lines += ["", *stats.table(["", *ways], rows), ""]
     lines += [*stats.table(["question", "the lead shrinks by", "verdict"], [answer(ways)]), ""]
@@ -150,9 +143,9 @@ def write_page(name, ways):
         lines += ["Not counted above. Steps of each seed; FLOPs, mean of the seeds, also as a share of the arm's own."]
         head = ["arm", "steps", "FLOPs", "share of the arm's own", "nats below"]
         lines += ["", *stats.table(head, first_rows(ways["past"]))]
-    (ROOT / name).mkdir(exist_ok=True)
-    write(ROOT / name / "table.md", "\n".join(lines) + "\n")
-    draw(ways, arms, ROOT / name / "plateau.png")
+    (stats.RESULTS / name).mkdir(exist_ok=True)
+    write(stats.RESULTS / name / "table.md", "\n".join(lines) + "\n")
+    draw(ways, arms, stats.RESULTS / name / "plateau.png")
     print("\n".join(lines))
 
 
@@ -203,7 +196,7 @@ def main(argv=None):
             titled = {"title": f"{name}: {compare.size(base)}, at 1.333x", **made}
             past = functools.partial(train_first, margin=args.margin)
             compare.compare(name, flags, range(args.seeds), common, machine, titled, train_first=past)
-    write_page(args.name, stats.read_all({way: ROOT / f"{args.name}-{way}" for way in WAYS}))
+    write_page(args.name, stats.read_all({way: stats.RESULTS / f"{args.name}-{way}" for way in WAYS}))
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ def main():
     if args.rebuild:
         return write_results(args.rebuild)
     settings = {"runs": args.runs, "steps": args.steps, "batch": BATCH, "rate": RATE, "warmup": WARMUP}
-    results = Path("results", args.name)
+    results = stats.RESULTS / args.name
     run_all(ended(args.runs), settings | {"held_out": HELD_OUT}, results / "runs.jsonl", args.jobs)
     write_results(results)
 

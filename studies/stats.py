@@ -15,13 +15,16 @@ from engine import ROOT, options
 from engine.errors import UserError
 from engine.log import read_jsonl
 
+RESULTS = Path("results")  # what every study writes; a run of a study is in the folder that it is started from
 # Student's t: 97.5% of the distribution lies below it, for 1, 2, ... 20 degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
         2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 def interval(values):
-    """(mean, half width of its 95% interval by Student's t). The half width of a single value is None."""
+    """(mean, half width of its 95% interval by Student's t) of a list or of {seed: value}. The half width of a single
+    value is None."""
+    values = list(values.values()) if isinstance(values, dict) else values
     n = len(values)
     if n < 2:
         return statistics.mean(values), None
@@ -30,11 +33,21 @@ def interval(values):
 
 
 def paired(runs, arm, other, value):
-    """value(run of arm, run of other) for every seed that both have, in order of the seeds. In one seed the arms start
-    from the same weights and see the same batches, so the noise that they share is not in a difference."""
+    """{seed: value(run of arm, run of other)} for every seed that both have, in order. In one seed the arms start from
+    the same weights and see the same batches, so the noise that they share is not in a difference."""
     by_name = {(run["arm"], run["seed"]): run for run in runs}
     seeds = sorted(seed for name, seed in by_name if name == arm and (other, seed) in by_name)
-    return [value(by_name[arm, seed], by_name[other, seed]) for seed in seeds]
+    return {seed: value(by_name[arm, seed], by_name[other, seed]) for seed in seeds}
+
+
+def minus(a, b):
+    """a[seed] - b[seed] for every seed that both have, in order."""
+    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+
+
+def differences(runs, arm, other):
+    """{seed: held-out loss of arm minus that of other} for every seed that both have, in order."""
+    return paired(runs, arm, other, lambda a, b: loss(a) - loss(b))
 
 
 def slope(points):
@@ -92,10 +105,10 @@ def rows(runs, schedules):
         for name, kind in ratios.items():
             values = paired(runs, arm, "full", lambda a, b, kind=kind: cost(b, kind) / cost(a, kind))
             if values:
-                row[name] = statistics.mean(values)
+                row[name] = statistics.mean(values.values())
         for other in ("full", "full_flops"):
-            differences = paired(runs, arm, other, lambda a, b: loss(a) - loss(b))
-            row[f"minus_{other}"] = interval(differences) if differences and arm != other else None
+            behind = differences(runs, arm, other)
+            row[f"minus_{other}"] = interval(behind) if behind and arm != other else None
         result.append(row)
     return sorted(result, key=lambda row: row["loss"])
 

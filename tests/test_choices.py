@@ -58,12 +58,12 @@ def test_full_training_with_the_flops_of_each_choice_is_there():
 
 
 def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
-    committed = (choices.ROOT / "choices" / "table.md").read_text()
+    committed = (stats.RESULTS / "choices" / "table.md").read_text()
     for name in ("choices-1200", "length-1200"):
         (tmp_path / name).mkdir()
         for file in ("runs.jsonl", "table.json"):
-            shutil.copy(choices.ROOT / name / file, tmp_path / name)
-    monkeypatch.setattr(choices, "ROOT", tmp_path)
+            shutil.copy(stats.RESULTS / name / file, tmp_path / name)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
     choices.main(["--rebuild"])
     assert (tmp_path / "choices" / "table.md").read_text() == committed
 

@@ -46,7 +46,7 @@ def gaps(short, long, constant=0.1):
 def test_the_gap_closes_by_the_rule(short, long, word):
     (question, values, found), lead, constant = length.verdicts(gaps(short, long))
     assert "gap" in question and found == word
-    assert values == pytest.approx([b - a for a, b in zip(short, long)])
+    assert values == pytest.approx({seed: b - a for seed, (a, b) in enumerate(zip(short, long))})
     assert lead[1:] == (None, "not run") and constant[2] == "yes"
 
 
@@ -62,7 +62,7 @@ def test_what_was_not_run_is_said():
 
 
 def test_rates_are_chosen_by_the_lowest_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(length, "ROOT", tmp_path)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
     (tmp_path / "length").mkdir()
     trials = {"full": {"0.002": 4.1, "0.004": 4.0}, "raptr": {"0.002": 4.0, "0.004": "did not end"}}
     (tmp_path / "length" / "rates.json").write_text(json.dumps(trials))
@@ -70,7 +70,7 @@ def test_rates_are_chosen_by_the_lowest_loss(tmp_path, monkeypatch):
 
 
 def test_a_page_from_logs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(length, "ROOT", tmp_path)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
     length.write_page("length", gaps((0.10, 0.11, 0.12), (0.02, 0.03, 0.05)))
     page = (tmp_path / "length" / "table.md").read_text()
     assert "| raptr minus full | +0.110 ± 0.025 | +0.033 ± 0.038 |" in page and page.strip() in capsys.readouterr().out
@@ -80,10 +80,10 @@ def test_a_page_from_logs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
-    folders = {steps: length.ROOT / f"length-{steps}" for steps in length.LENGTHS}
+    folders = {steps: stats.RESULTS / f"length-{steps}" for steps in length.LENGTHS}
     lengths = {steps: stats.read_runs(folder) for steps, folder in folders.items() if folder.exists()}
-    committed = (length.ROOT / "length" / "table.md").read_text()
-    monkeypatch.setattr(length, "ROOT", tmp_path)
+    committed = (stats.RESULTS / "length" / "table.md").read_text()
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
     length.write_page("length", lengths)
     assert (tmp_path / "length" / "table.md").read_text() == committed
 

@@ -29,7 +29,7 @@ AHEAD = [0.20, 0.21, 0.22]
     ],
 )
 def test_the_verdict_follows_the_rule(as_is, past, word):
-    assert plateau.verdict(as_is, past) == word
+    assert plateau.verdict(*(dict(enumerate(leads)) for leads in (as_is, past))) == word
 
 
 def test_the_lead_is_paired_by_seed():
@@ -123,11 +123,11 @@ def test_the_second_text_has_the_smaller_vocabulary(tmp_path, corpus, monkeypatc
 
 
 def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
-    committed = plateau.ROOT / "plateau" / "table.md"
+    committed = stats.RESULTS / "plateau" / "table.md"
     expected, ways = committed.read_text(), {}
-    for folder in sorted(plateau.ROOT.glob("plateau-*")):
+    for folder in sorted(stats.RESULTS.glob("plateau-*")):
         ways[folder.name.removeprefix("plateau-")] = stats.read_runs(folder)
         shutil.copytree(folder, tmp_path / folder.name)
-    monkeypatch.setattr(plateau, "ROOT", tmp_path)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
     plateau.write_page("plateau", {way: ways[way] for way in plateau.WAYS if way in ways})
     assert (tmp_path / "plateau" / "table.md").read_text() == expected

@@ -202,7 +202,7 @@ def test_who_is_fine_tuned(comparison, monkeypatch):
         primitives.fine_tune((comparison / "full-3", arm, 3, "look-up", settings))
     end = load_run(comparison / "full-3")[0]
     start = transformer.make(end.config, 3)
-    assert float((end.blocks[1].mlp.up.weight - start.blocks[1].mlp.up.weight).abs().max()) > 4e-3
+    assert (end.blocks[1].mlp.up.weight - start.blocks[1].mlp.up.weight).abs().max().item() > 4e-3
     for model, before in zip(seen, (end, start)):
         for name, p in model.named_parameters():
             change = float((p - before.get_parameter(name)).abs().max())
