@@ -284,7 +284,7 @@ def growth(full, raptr, stacking, out):
         print(f"  {run.name:10} {run.curve[-1][2]:14.3f}   {run.gflops:15.0f}")
     print()
     say("""A jump is soon made up for. In the comparisons so far (results/README.md), which are small and short,
-        stacking is level with RaPTr or ahead. The paper reports RaPTr at least level, in large and long ones.""")
+        stacking is ahead of RaPTr on BERTs, and undecided on UL2s. The paper reports RaPTr at least level, in large and long ones.""")
     figure, axes = log.subplots(9, 3.6, 1, 2)
     draw_curves(axes[0], [full, raptr, stacking], 0, "step")
     names = [f"{name} {a:g} to {b:g}" for name, a, b, *_ in changes]
@@ -321,7 +321,7 @@ def main():
     growth(*runs, Run("stacking", stacking, corpus), flags.out)
     title("Where to go from here")
     say(f"""That took {log.span(time.monotonic() - began)}. Read raptr.py next, then the loop in train.py; METHOD.md has
-        the method on one page. `python train.py` trains the twelve-layer BERT, with a run folder. `python -m
+        the method on one page. `python train.py` trains a BERT of six layers, with a run folder. `python -m
         studies.compare --help` compares methods over several seeds, which a single run cannot. What came out so far is
         in results/README.md.""")
 
