@@ -113,6 +113,12 @@ def as_text(flags):
     return " ".join(words) or "-"
 
 
+def as_flags(text):
+    """The flags of a schedule that `as_text` wrote."""
+    words = text.split()
+    return [f"--{name}={value}" for name, value in zip(words[::2], words[1::2])]
+
+
 def plan(arms, base, budget):
     """{arm: its flags}, printed. An arm that cannot meet the budget is named, with the reason, and left out."""
     print(f"\nbudget {budget:g}: {base.layers / budget:.2f} of {base.layers} layers a step, {base.steps} steps\n")

@@ -41,7 +41,7 @@ from engine.log import has_ended, read_log, write
 from engine.runs import must_match, read_config
 from methods import deep_fusion
 from studies import figures, stats
-from studies.budget import ARMS, FIRST, as_text, half_width, layer_flops, plan
+from studies.budget import ARMS, FIRST, as_flags, as_text, half_width, layer_flops, plan
 from text.corpus import open_corpus
 
 TUNING_SEED = 1000  # seeds from here on choose a learning rate and are never reported
@@ -114,19 +114,21 @@ def finished(folder, flags, text):
     return has_ended(read_log(folder))
 
 
-def in_results(results, wanted, text):
-    """What a results folder has already: ({(arm, seed): run}, {arm: its schedule}). Raises UserError if it is of
-    another text, or has one of the `wanted` runs, {(arm, seed): flags}, with other flags."""
+def in_results(results, wanted, common, text):
+    """What a results folder has already: ({(arm, seed): run}, {arm: its schedule}). wanted: {(arm, seed): flags} of
+    runs that are asked for; all others must have the `common` flags. Raises UserError if one has other flags."""
     if not (results / "runs.jsonl").exists():
         return {}, {}
     known = {(run["arm"], run["seed"]): run for run in stats.read_runs(results)}
-    for job, run in known.items():
-        if stats.event(run, "run")["data"]["fingerprint"] != text:
-            refuse(f"{results}: {job[0]}-{job[1]}", ["data_fingerprint"])
-    for job in known.keys() & wanted.keys():
-        now = vars(options.parse([flag for flag in wanted[job] if flag != FIRST])) | {"data_fingerprint": text}
-        refuse(f"{results}: {job[0]}-{job[1]}", must_match(stats.event(known[job], "run")["flags"], now))
-    return known, json.loads((results / "table.json").read_text())["schedules"]
+    schedules = json.loads((results / "table.json").read_text())["schedules"]
+    for (arm, seed), run in known.items():
+        before = stats.event(run, "run")
+        own = [f"--method={before['flags']['method']}", *as_flags(schedules[arm]), f"--seed={seed}"]
+        flags = [flag for flag in wanted.get((arm, seed), [*common, *own]) if flag != FIRST]
+        now = vars(options.parse(flags)) | {"data_fingerprint": text}
+        then = before["flags"] | {"data_fingerprint": before["data"]["fingerprint"]}
+        refuse(f"{results}: {arm}-{seed}", must_match(then, now))
+    return known, schedules
 
 
 def refuse_own(more, own=()):
@@ -301,7 +303,8 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     jobs = {(arm, seed): out / f"{arm}-{seed}" for seed in seeds for arm in flags}
     wanted = {(arm, seed): [*common, *flags[arm], f"--seed={seed}"] for arm, seed in jobs}
     # Runs of an earlier start whose folders are not here, perhaps on another machine, count as they are in results/.
-    known, schedules = in_results(results, {job: wanted[job] for job in jobs if not jobs[job].exists()}, machine[0])
+    alone = {job: wanted[job] for job in jobs if not jobs[job].exists()}
+    known, schedules = in_results(results, alone, common, machine[0])
     here = [job for job in jobs if job not in known or jobs[job].exists()]
     table = json.loads((results / "table.json").read_text()) if known else {}
     starts = [table["made"]] if known else []

@@ -152,8 +152,9 @@ def test_a_comparison_continues_from_its_results_alone(tmp_path, corpus, monkeyp
     assert re.findall("--methods ([a-z,]+)", made) == ["full,raptr", "full,stacking"]  # both starts made the table
     compare.main(["--methods", "full,stacking", "--seeds", "1", *command])
     assert json.loads((tmp_path / "results/t/table.json").read_text())["made"]["command"] == made  # this one nothing
-    with pytest.raises(UserError, match="raptr-0 was trained with another --steps"):
-        compare.main(["--methods", "raptr", "--seeds", "1", *command, "--steps", "8"])
+    for arm in ("full", "constant"):  # all must have the same flags, asked for or not
+        with pytest.raises(UserError, match="full-0 was trained with another --steps"):
+            compare.main(["--methods", arm, "--seeds", "1", *command, "--steps", "8"])
     assert (tmp_path / "results/t/runs.jsonl").read_text() == after
 
 
