@@ -188,13 +188,19 @@ def markdown(about, first):
     return "\n".join(lines) + "\n"
 
 
-def commit():
-    """The commit of the code that runs now, with "-dirty" where files differ from it; "" outside of a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+def commit(root=ROOT):
+    """The commit of the code that runs now; "" outside of a git checkout. With "-dirty" where files differ from it, but
+    for results/, which studies write."""
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        name = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")
     except FileNotFoundError:  # no git
         return ""
+    return f"{name}-dirty" if changed else name
 
 
 def made(module, argv):

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -88,6 +89,26 @@ def test_intervals_by_a_table_of_students_t():
     mean, half = stats.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))  # standard deviation 1
     assert stats.interval([1.0]) == (1.0, None)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_a_commit_is_dirty_if_code_differs(tmp_path):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *command], cwd=tmp_path, check=True)
+
+    assert stats.commit(tmp_path) == ""  # no checkout
+    (tmp_path / "results").mkdir()
+    for name in ("code.py", "results/table.md"):
+        (tmp_path / name).write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = stats.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "results/table.md").write_text("after")  # a study wrote it
+    assert stats.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("after")
+    assert stats.commit(tmp_path) == f"{clean}-dirty"
 
 
 def test_differences_are_paired_by_seed():
