@@ -139,13 +139,14 @@ def draw(tokens, points, path):
     """Difference to full training against tokens, a line and a band per arm."""
     figure, axes = subplots(8, 4.5)
     axes.axhline(0, color="black", lw=1)
+    others = (f"C{number}" for number in range(10) if number != 3)  # red is RaPTr's
     for arm, of_arm in points.items():
         x, means = [tokens[n] for n in of_arm], [mean for mean, _ in of_arm.values()]
         halves = [half or 0 for _, half in of_arm.values()]
-        color = "tab:red" if arm == "raptr" else None
-        line = axes.plot(x, means, "o-", ms=4, lw=2 if arm == "raptr" else 1.2, color=color, label=arm)[0]
+        color, thick = ("C3", 2) if arm == "raptr" else (next(others), 1.2)
+        axes.plot(x, means, "o-", ms=4, lw=thick, color=color, label=arm)
         low, high = ([m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
     axes.set(xscale="log", xlabel="million tokens", ylabel="held-out loss minus full training's (nats)")
     axes.set_xticks(list(tokens.values()), [f"{value:.1f}" for value in tokens.values()])
     axes.minorticks_off()
