@@ -15,7 +15,8 @@ from engine import ROOT, options
 from engine.errors import UserError
 from engine.log import read_jsonl
 
-RESULTS = Path("results")  # what every study writes; a run of a study is in the folder that it is started from
+RESULTS = Path("results")  # where every study writes, in the folder that it is started from
+
 # Student's t: 97.5% of the distribution lies below it, for 1, 2, ... 20 degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
         2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
