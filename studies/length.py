@@ -136,21 +136,25 @@ def write_page(name, lengths):
 
 
 def draw(tokens, points, path):
-    """Difference to full training against tokens, a line and a band per arm."""
-    figure, axes = subplots(8, 4.5)
-    axes.axhline(0, color="black", lw=1)
-    others = (f"C{number}" for number in range(10) if number != 3)  # red is RaPTr's
-    for arm, of_arm in points.items():
-        x, means = [tokens[n] for n in of_arm], [mean for mean, _ in of_arm.values()]
-        halves = [half or 0 for _, half in of_arm.values()]
-        color, thick = ("C3", 2) if arm == "raptr" else (next(others), 1.2)
-        axes.plot(x, means, "o-", ms=4, lw=thick, color=color, label=arm)
-        low, high = ([m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
-    axes.set(xscale="log", xlabel="million tokens", ylabel="held-out loss minus full training's (nats)")
-    axes.set_xticks(list(tokens.values()), [f"{value:.1f}" for value in tokens.values()])
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    """Difference to full training against tokens, with bands: a panel for each arm, and RaPTr in all of them."""
+    others = [arm for arm in points if arm != "raptr"] or ["raptr"]
+    rows = -(-len(others) // 3)
+    figure, grid = subplots(9, 2.6 * rows + 0.6, rows, 3, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(others) :]:
+        axes.set_visible(False)
+    for axes, other in zip(grid.flat, others):
+        axes.axhline(0, color="black", lw=1)
+        for arm, color in ((other, "tab:blue"), ("raptr", "tab:red")):
+            of_arm = points.get(arm, {})
+            x, means = [tokens[n] for n in of_arm], [mean for mean, _ in of_arm.values()]
+            low, high = ([m + sign * (half or 0) for m, half in of_arm.values()] for sign in (-1, 1))
+            axes.plot(x, means, "o-", ms=4, color=color)
+            axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+        axes.set(xscale="log", title=f"{other}, and raptr in red" if other == others[0] else other)
+        axes.set_xticks(list(tokens.values()), [f"{value:.1f}" for value in tokens.values()])
+        axes.minorticks_off()
+    figure.supxlabel("million tokens", fontsize=10)
+    figure.supylabel("held-out loss minus full training's (nats)", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
