@@ -44,7 +44,7 @@ import stacking
 import train
 from engine import machine, options, parallel
 from engine.errors import UserError, guard
-from engine.log import read_jsonl, subplots, write
+from engine.log import read_jsonl, subplots
 from methods import deep_fusion
 from studies import figures, length, stats
 from text.corpus import open_corpus
@@ -343,10 +343,8 @@ def show(out):
     first, *runs = read_jsonl(file) if file.exists() else [None]
     if not runs:
         raise UserError(f"--out {out}: there are no runs (runs.jsonl) in it")
-    text = "\n".join(describe(first, runs)) + "\n"
-    write(out / "table.md", text)
+    stats.save_page(out / "table.md", describe(first, runs))
     draw(first, runs, out / "figure.png")
-    print(text)
 
 
 def main():

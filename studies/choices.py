@@ -29,7 +29,7 @@ import math
 import methods
 from engine import options
 from engine.errors import UserError, guard
-from engine.log import subplots, write
+from engine.log import subplots
 from raptr import mean_layers
 from studies import budget, compare, length, stats
 
@@ -134,10 +134,8 @@ def write_page(name, runs, made):
     lines += ["", "## As many FLOPs as the default", "", *stats.table(head, cells[True])]
     if cells[False]:
         lines += ["", "## More FLOPs, or fewer: read the last column", "", *stats.table(head, cells[False])]
-    (stats.RESULTS / name).mkdir(exist_ok=True)
-    write(stats.RESULTS / name / "table.md", "\n".join(lines) + "\n")
+    stats.save_page(stats.RESULTS / name / "table.md", lines)
     draw(of_choice, stats.RESULTS / name / "choices.png")
-    print((stats.RESULTS / name / "table.md").read_text())
 
 
 def draw(of_choice, path):

@@ -216,13 +216,12 @@ def write_results(folder, with_time=False):
     about = json.loads(file.read_text())
     about |= {"rows": stats.rows(runs, about["schedules"]), "jumps": stats.jumps(runs)}
     write(file, json.dumps(about, indent=1))
-    write(folder / "table.md", stats.markdown(about, stats.event(runs[0], "run")))
+    stats.save_page(folder / "table.md", stats.markdown(about, stats.event(runs[0], "run")))
     figures.strips(runs, folder / "strips.png")
     if all("speed_up" in row for row in about["rows"]):
         figures.points(about["rows"], "relative_flops_step", "FLOPs of the run", folder / "flops.png")
         if with_time:
             figures.points(about["rows"], "speed_up", "time of the run", folder / "time.png")
-    print((folder / "table.md").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -129,10 +129,8 @@ def write_page(name, lengths):
     lines = ["# Length", "", stats.rebuilt("studies.length", name), stats.PAIRED, ""]
     answers = [[question, stats.measured(values), word] for question, values, word in verdicts(lengths)]
     lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
-    (stats.RESULTS / name).mkdir(exist_ok=True)
-    write(stats.RESULTS / name / "table.md", "\n".join(lines) + "\n")
+    stats.save_page(stats.RESULTS / name / "table.md", lines)
     draw(tokens, points, stats.RESULTS / name / "length.png")
-    print("\n".join(lines))
 
 
 def draw(tokens, points, path):

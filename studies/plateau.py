@@ -27,7 +27,7 @@ import statistics
 import methods
 from engine import options
 from engine.errors import UserError, guard
-from engine.log import read_log, subplots, write
+from engine.log import read_log, subplots
 from studies import budget, compare, figures, stats
 from text.corpus import open_corpus
 
@@ -143,10 +143,8 @@ def write_page(name, ways):
         lines += ["Not counted above. Steps of each seed; FLOPs, mean of the seeds, also as a share of the arm's own."]
         head = ["arm", "steps", "FLOPs", "share of the arm's own", "nats below"]
         lines += ["", *stats.table(head, first_rows(ways["past"]))]
-    (stats.RESULTS / name).mkdir(exist_ok=True)
-    write(stats.RESULTS / name / "table.md", "\n".join(lines) + "\n")
+    stats.save_page(stats.RESULTS / name / "table.md", lines)
     draw(ways, arms, stats.RESULTS / name / "plateau.png")
-    print("\n".join(lines))
 
 
 def draw(ways, arms, path):

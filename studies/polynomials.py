@@ -324,7 +324,7 @@ def verdict(runs, widths):
         lines.append(f"- (ii) {stalls} {against(runs, widths, arm, ('raptr', 'full_flops'))}")
     falls = f"RaPTr still learns high degrees when it ends at widths: {at(falling, 'raptr')}."
     lines.append(f"- (iii) {falls} {against(runs, widths, 'raptr', ('full_flops', 'constant', 'stacking'))}")
-    return ["Verdict.", "", *lines, ""]
+    return ["Verdict.", "", *lines]
 
 
 def against(runs, widths, arm, others):
@@ -388,9 +388,8 @@ def compare_arms(s, widths, seeds, tuning_seeds, count, out, command):
     lines = [*stats.made_by({"command": command, "commit": commits})]
     lines += [f"{what}; differences and falls with 95% intervals", ""]
     lines += [line for width in widths for line in table(runs, width)] + verdict(runs, widths)
-    write(out / "table.md", "\n".join(lines))
+    stats.save_page(out / "table.md", lines)
     draw(runs, widths, out / "curves.png")
-    print("\n" + "\n".join(lines))
 
 
 def main():

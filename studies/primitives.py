@@ -309,9 +309,8 @@ def write_results(folder):
     text += stats.made_by({"command": shlex.join(map(str, command)), "commit": commits})
     head = ["arm", "seeds", "pretraining loss", *TASKS, "score", "minus full", "minus full at equal loss"]
     text += [*stats.table(head, rows), "", *LEGEND, "", conclusion(runs)]
-    write(Path(folder, "table.md"), "\n".join(text) + "\n")
+    stats.save_page(Path(folder, "table.md"), text)
     draw(arms, Path(folder, "scores.png"))
-    print("\n".join(text))
 
 
 LEGEND = [

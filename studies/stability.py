@@ -276,14 +276,8 @@ def show(file):
         lines, draw = describe_initialisation(numbers), draw_initialisation
     else:
         lines, draw = describe_trained(numbers, file.stem), draw_trained
-    save(file.with_suffix(".md"), made + lines)
+    stats.save_page(file.with_suffix(".md"), made + lines)
     draw(numbers, file.with_suffix(".png"))
-
-
-def save(path, lines):
-    text = "\n".join(lines) + "\n"
-    write(path, text)
-    print("\n" + text)
 
 
 def main():
@@ -299,8 +293,8 @@ def main():
     made = stats.made("studies.stability", sys.argv[1:])
     if args.logs:
         runs = stats.read_runs(args.logs)
-        args.out.mkdir(parents=True, exist_ok=True)
-        return save(args.out / f"jumps-{args.logs.resolve().name}.md", stats.made_by(made) + describe_jumps(runs))
+        page = args.out / f"jumps-{args.logs.resolve().name}.md"
+        return stats.save_page(page, stats.made_by(made) + describe_jumps(runs))
     if args.rebuild:
         files = sorted(args.out.glob("*.json"))
         if not files:

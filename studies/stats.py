@@ -13,7 +13,7 @@ from pathlib import Path
 import methods
 from engine import ROOT, options
 from engine.errors import UserError
-from engine.log import read_jsonl
+from engine.log import read_jsonl, write
 
 RESULTS = Path("results")  # where every study writes, in the folder that it is started from
 
@@ -172,7 +172,7 @@ LEGEND = [
 
 
 def markdown(about, first):
-    """The text of table.md. first: the `run` event of a run."""
+    """Lines of table.md. first: the `run` event of a run."""
     machine = f"torch {first['versions']['torch']}, {first['device']}, {first['dtype']}, {first['threads']} threads"
     head = ["arm", "schedule", "layer FLOPs", "all FLOPs", "held-out loss", "minus full", "minus full at equal FLOPs"]
     cells = []
@@ -183,10 +183,10 @@ def markdown(about, first):
         cells.append([row["arm"], row["schedule"], *ratios, f"{row['loss']:.4f}{std} ({row['n']})", *differences])
     lines = [f"# {about['made']['title']}", "", *made_by(about["made"])]
     lines += [f"Text: {first['data']['source']}, fingerprint {first['data']['fingerprint']}; {machine} a run."]
-    lines += [f"Predicting by frequency: {first['unigram_loss']:.3f} nats.", "", *table(head, cells), "", *LEGEND, ""]
+    lines += [f"Predicting by frequency: {first['unigram_loss']:.3f} nats.", "", *table(head, cells), "", *LEGEND]
     if about["jumps"]:
-        lines += ["## Loss just before and after each change", "", *jump_table(about["jumps"])]
-    return "\n".join(lines) + "\n"
+        lines += ["", "## Loss just before and after each change", "", *jump_table(about["jumps"])]
+    return lines
 
 
 def commit(root=ROOT):
@@ -214,6 +214,14 @@ def joined(starts):
     pairs = [pair for made in starts for pair in zip(made["command"].split("; "), made.get("commit", "").split("; "))]
     commands, commits = map("; ".join, zip(*dict.fromkeys(pairs)))
     return starts[0] | {"command": commands, "commit": commits}
+
+
+def save_page(path, lines):
+    """Write lines to a page of a results folder, which is made if it is not there, and print them."""
+    text = "\n".join(lines) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, text)
+    print(text, end="")
 
 
 def measured(values, word=None):
