@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -258,6 +259,27 @@ def test_several_processes_may_prepare_the_same(tmp_path, text, bad):
         assert answers == [["meta.json", "tokenizer.model", "train_00000_00000.bin", "val_00000_00000.bin"]] * 4
         assert len(documents_of(Corpus(tmp_path / "out"), "train")) > 1350
     assert not list(tmp_path.glob(".*"))
+
+
+def locking(folder, barrier):
+    """The body of a process."""
+    barrier.wait()
+    for _ in range(500):
+        with prepare.lock(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # another makes its lock file there just then
+
+
+def test_a_folder_that_others_remove_is_locked_in_turn(tmp_path):
+    barrier = SERVER.Barrier(4)
+    processes = [SERVER.Process(target=locking, args=(tmp_path / "a" / "b", barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare.lock(tmp_path / "file")
 
 
 def test_a_shard_of_more_than_2_to_the_31_tokens(corpus, tmp_path):

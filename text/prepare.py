@@ -15,6 +15,7 @@ Not here: how text is read (text/documents.py), how a prepared corpus is (text/c
 Source: sentencepiece BPE with byte fallback (Kudo & Richardson, arXiv 1808.06226): any text survives.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -298,7 +299,8 @@ def lock(folder):
     process holds it; if that one has renamed or removed the folder, begins again."""
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # exist_ok=True raises it too, if another renames it just then
+                folder.mkdir(parents=True)
             file = open(folder / "lock", "w")
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
