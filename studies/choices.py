@@ -29,9 +29,8 @@ import math
 import methods
 from engine import options
 from engine.errors import UserError, guard
-from engine.log import subplots
 from raptr import mean_layers
-from studies import budget, compare, length, stats
+from studies import budget, compare, figures, length, stats
 
 STEPS = 1200
 CHOICES = {  # {name: what differs from the default}; None: it follows from the budget
@@ -135,25 +134,9 @@ def write_page(name, runs, made):
     if cells[False]:
         lines += ["", "## More FLOPs, or fewer: read the last column", "", *stats.table(head, cells[False])]
     stats.save_page(stats.RESULTS / name / "table.md", lines)
-    draw(of_choice, stats.RESULTS / name / "choices.png")
-
-
-def draw(of_choice, path):
-    """A row for each choice: its difference to the default, and to full training of its own FLOPs."""
-    figure, (left, right) = subplots(9, 0.36 * len(of_choice) + 1.1, 1, 2, sharey=True)
-    for y, (_, _, *differences) in enumerate(of_choice):
-        for axes, values in zip((left, right), differences):
-            if values:
-                mean, half = stats.interval(values)
-                axes.errorbar(mean, y, xerr=half or 0, fmt="o", ms=5, capsize=2, color="tab:blue")
-    for axes, title in ((left, "minus the default"), (right, "minus full training of its own FLOPs")):
-        axes.axvline(0, color="black", lw=1)
-        axes.set(title=title, xlabel="held-out loss (nats), 95% interval")
-        axes.locator_params(axis="x", nbins=5)
-        axes.grid(axis="y", lw=0.4, color="0.85")
-    left.set_yticks(range(len(of_choice)), [choice.replace("_", "\n") for choice, *_ in of_choice])
-    left.invert_yaxis()
-    figure.savefig(path, dpi=110)
+    drawn = [(choice.replace("_", "\n"), *both) for choice, _, *both in of_choice]
+    titles = ["minus the default", "minus full training of its own FLOPs"]
+    figures.differences(drawn, titles, stats.RESULTS / name / "choices.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------

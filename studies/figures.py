@@ -64,6 +64,23 @@ def strips(runs, path):
     figure.savefig(path, dpi=110)
 
 
+def differences(rows, titles, path):
+    """A row for each of [(name, differences of losses, differences of losses)], in two panels: means, intervals."""
+    figure, panels = subplots(9, 0.36 * len(rows) + 1.1, 1, 2, sharey=True)
+    for axes, title, column in zip(panels, titles, (1, 2)):
+        for y, row in enumerate(rows):
+            if row[column]:
+                mean, half = stats.interval(row[column])
+                axes.errorbar(mean, y, xerr=half or 0, fmt="o", ms=5, capsize=2, color="tab:blue")
+        axes.axvline(0, color="black", lw=1)
+        axes.set(title=title, xlabel="held-out loss (nats), 95% interval")
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="y", lw=0.4, color="0.85")
+    panels[0].set_yticks(range(len(rows)), [name for name, *_ in rows])
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
 def band(axes, x, samples, style="-", alpha=0.2, **more):
     """Plot the mean of samples [(values at one x), ...], in a band of one standard deviation (0 for one value)."""
     means = [statistics.mean(values) for values in samples]
