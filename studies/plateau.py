@@ -5,7 +5,7 @@
     python -m studies.plateau --data corpus/books --ways as_is,past               only these ways
     python -m studies.plateau --rebuild                                           table and figure from the logs
 
-A small BERT first learns word frequencies, and stays there for a while. Shallow networks leave this plateau sooner. The
+A small BERT first learns word frequencies, and stays there for a while. Shallow networks may leave it sooner. The
 setting is that of results/short (12 x 128, 1200 steps, at 1.333x), with one learning rate, 2e-3, for all arms. It is
 compared in three ways:
 
