@@ -46,7 +46,7 @@ def write_page(name, usual, deep):
     lines += [*stats.table(["", *sizes], rows), "", *stats.table(["question", "by how much", "verdict"], [answer])]
     stats.save_page(stats.RESULTS / name / "table.md", lines)
     titles = [f"{size}: loss minus full training's" for size in sizes]
-    figures.differences(of_arm, titles, stats.RESULTS / name / "depth.png")
+    figures.differences(of_arm, titles, stats.RESULTS / name / "depth.png", sharex=True)
 
 
 def of_full(runs):

@@ -64,9 +64,10 @@ def strips(runs, path):
     figure.savefig(path, dpi=110)
 
 
-def differences(rows, titles, path):
-    """A row for each of [(name, differences of losses, differences of losses)], in two panels: means, intervals."""
-    figure, panels = subplots(9, 0.36 * len(rows) + 1.1, 1, 2, sharey=True)
+def differences(rows, titles, path, **more):
+    """A row for each of [(name, differences of losses, differences of losses)], in two panels: means, intervals. more:
+    of `subplots`."""
+    figure, panels = subplots(9, 0.36 * len(rows) + 1.1, 1, 2, sharey=True, **more)
     for axes, title, column in zip(panels, titles, (1, 2)):
         for y, row in enumerate(rows):
             if row[column]:

@@ -1,6 +1,7 @@
 """studies.depth: its verdict, its page, and the study itself with tiny runs."""
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,15 @@ def test_the_deep_network_gets_the_budget_of_the_usual_one():
     assert {(its.layers, its.width, its.lr) for its in parsed.values()} == {(24, 96, 2e-3)}
     assert parsed["raptr"].stages == "12-16-20-24" and parsed["full_flops"].steps == 2700
     assert parsed["stacking"].stages == "12-18-24" and parsed["constant"].mean_depth == 18
+
+
+def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
+    committed = (stats.RESULTS / "depth" / "table.md").read_text()
+    for name in ("depth-3600", "length-3600"):
+        shutil.copytree(stats.RESULTS / name, tmp_path / name)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    depth.main(["--rebuild"])
+    assert (tmp_path / "depth" / "table.md").read_text() == committed
 
 
 def test_the_study_from_nothing_then_from_its_results(tmp_path, monkeypatch, corpus, at_once):
