@@ -94,6 +94,11 @@ def buckets(distance, count=32, far=128):
     return half * (distance > 0) + torch.where(near < small, near, log.long().clamp(max=half - 1))
 
 
+def explicit(q):
+    """Whether to write attention out: on the CPU in bfloat16 the fused kernel's backward pass is slower."""
+    return q.is_cpu and q.dtype == torch.bfloat16
+
+
 @functools.cache
 def compiled_flex():
     return torch.compile(flex_attention)
@@ -102,7 +107,7 @@ def compiled_flex():
 def attend(q, k, v, mask, dropout):  # (B, H, T, C/H) each
     if isinstance(mask, BlockMask):  # skips what the mask hides
         return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
-    if q.is_cpu and q.dtype == torch.bfloat16:  # the fused kernel's backward pass is slower there
+    if explicit(q):
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T, T)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
