@@ -28,7 +28,7 @@ import math
 
 import methods
 from engine import options
-from engine.errors import UserError, guard
+from engine.errors import guard
 from raptr import mean_layers
 from studies import budget, compare, figures, length, stats
 
@@ -110,9 +110,8 @@ def rows(runs):
 
 def write_page(name, runs, made):
     """results/NAME/table.md and choices.png. made: of the choices, and of what they are compared with."""
-    begun = [stats.event(run, "run") for run in runs]
-    if len({event["data"]["fingerprint"] for event in begun}) > 1:
-        raise UserError(f"results/{name}-{STEPS}: was trained on another text than what it is compared with")
+    stats.must_share_text(runs, f"{name}-{STEPS}")
+    first = stats.event(runs[0], "run")["flags"]
     of_choice, cells = rows(runs), {True: [], False: []}
     for choice, its, of_default, of_full in of_choice:
         flags = stats.event(its[0], "run")["flags"]
@@ -123,11 +122,11 @@ def write_page(name, runs, made):
         text = {flag: f"{value:g}" if isinstance(value, float) else value for flag, value in flags.items()}
         changed = budget.as_text([f"--{flag}={text[flag]}" for flag in different])
         cells[costs_the_same(its[0])].append([choice, changed, f"{share:.3f}", losses, *compared])
-    size = compare.size(options.complete(begun[0]["flags"]))
+    size = compare.size(options.complete(first))
     head = ["choice", "flags", "layer FLOPs", "held-out loss", "minus the default", "minus full of its own FLOPs"]
     lines = ["# What each choice of RaPTr is worth", "", stats.rebuilt("studies.choices", name), ""]
     lines += [line for each in made for line in stats.made_by(each)]
-    lines += [f"UL2 {size}; one learning rate, {begun[0]['flags']['lr']:g}, chosen for the default. Layer FLOPs:"]
+    lines += [f"UL2 {size}; one learning rate, {first['lr']:g}, chosen for the default. Layer FLOPs:"]
     lines += [f"as a share of full training's. Loss: mean ± std (seeds). {stats.PAIRED}"]
     lines += [f"Level: the interval lies within {length.LEVEL}. Of so many choices some may stand out by chance."]
     lines += ["", "## As many FLOPs as the default", "", *stats.table(head, cells[True])]

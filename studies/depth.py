@@ -10,7 +10,7 @@ rule of its words was in results/LOG.md before the first run. Flags of train.py 
 """
 
 from engine import options
-from engine.errors import UserError, guard
+from engine.errors import guard
 from studies import budget, choices, compare, figures, length, stats
 
 STEPS = 3600
@@ -22,16 +22,10 @@ def differs(low, high):
     return low > 0 or high < 0
 
 
-def level(low, high):
-    return -length.LEVEL < low and high < length.LEVEL
-
-
 def write_page(name, usual, deep):
     """results/NAME/table.md and depth.png, from the runs of the usual network and of the deep one."""
-    begun = [stats.event(runs[0], "run") for runs in (usual, deep)]
-    if begun[0]["data"]["fingerprint"] != begun[1]["data"]["fingerprint"]:
-        raise UserError(f"results/{name}-{STEPS}: was trained on another text than what it is compared with")
-    sizes = ["{layers} x {width}".format(**event["flags"]) for event in begun]
+    stats.must_share_text(usual + deep, f"{name}-{STEPS}")
+    sizes = ["{layers} x {width}".format(**stats.event(runs[0], "run")["flags"]) for runs in (usual, deep)]
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in deep) if arm != "full"]
     of_arm = [(arm, *(stats.differences(runs, arm, "full") for runs in (usual, deep))) for arm in arms]
     rows = [["full, held-out loss", *(of_full(runs) for runs in (usual, deep))]]
@@ -41,7 +35,7 @@ def write_page(name, usual, deep):
     gaps = [stats.differences(runs, "raptr", "full") for runs in (usual, deep)]
     change = stats.minus(gaps[1], gaps[0])
     question = f"RaPTr's gap to full training differs between {sizes[0]} and {sizes[1]}"
-    answer = [question, stats.measured(change), length.verdict(change, differs, level)]
+    answer = [question, stats.measured(change), length.verdict(change, differs, length.level)]
     lines = ["# Depth", "", stats.rebuilt("studies.depth", name), stats.PAIRED, ""]
     lines += [*stats.table(["", *sizes], rows), "", *stats.table(["question", "by how much", "verdict"], [answer])]
     stats.save_page(stats.RESULTS / name / "table.md", lines)

@@ -1,4 +1,4 @@
-"""The figures that studies share: loss against cost, which layers ran when, a mean in its band.
+"""The figures that studies share: loss against cost, which layers ran when, differences, a mean in its band.
 
 Not here: figures of one study alone, which are drawn where it is.
 """
@@ -65,8 +65,8 @@ def strips(runs, path):
 
 
 def differences(rows, titles, path, **more):
-    """A row for each of [(name, differences of losses, differences of losses)], in two panels: means, intervals. more:
-    of `subplots`."""
+    """A row for each of [(name, differences of losses, differences of losses)], in two panels: mean and interval.
+    more: arguments of `subplots`."""
     figure, panels = subplots(9, 0.36 * len(rows) + 1.1, 1, 2, sharey=True, **more)
     for axes, title, column in zip(panels, titles, (1, 2)):
         for y, row in enumerate(rows):

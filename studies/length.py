@@ -94,8 +94,12 @@ def falls(low, high):
     return high < 0
 
 
+def level(low, high):
+    return -LEVEL < low and high < LEVEL
+
+
 def stays(low, high):
-    return low > 0 or -LEVEL < low and high < LEVEL
+    return low > 0 or level(low, high)
 
 
 def verdicts(lengths):

@@ -78,6 +78,12 @@ def read_all(folders):
     return found
 
 
+def must_share_text(runs, name):
+    """Raise UserError if runs saw different texts. name: the results folder that others are compared with."""
+    if len({event(run, "run")["data"]["fingerprint"] for run in runs}) > 1:
+        raise UserError(f"results/{name}: was trained on another text than what it is compared with")
+
+
 def event(run, name):
     """The first event of this name."""
     return next(e for e in run["events"] if e["event"] == name)

@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import train  # noqa: E402
 from engine import options  # noqa: E402
 from processes import script  # noqa: E402
-from studies import compare  # noqa: E402
+from studies import compare, length  # noqa: E402
 from text import prepare  # noqa: E402
 
 
@@ -72,3 +72,11 @@ def at_once(monkeypatch):
     forkserver.ensure_running()  # it finds the project's modules only while this is the folder that pytest began in
     at_once = lambda command, **_: script(*command[1:], cwd=Path.cwd())  # noqa: E731
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=at_once))
+
+
+@pytest.fixture
+def tiny_length(monkeypatch, at_once):
+    """The setting of studies.length at a tiny size, for it and for the studies that stand on it."""
+    flags = "--layers=4 --width=32 --mlp=40 --heads=2 --seq=32 --batch=4 --eval_sequences=16 --threads=1 --vocab=512"
+    monkeypatch.setattr(length, "SETTING", [*length.SETTING, *flags.split()])
+    monkeypatch.setattr(length, "TRIED_AT", 8)

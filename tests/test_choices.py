@@ -69,12 +69,9 @@ def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, corpus, at_once):
+def small(monkeypatch, tmp_path, corpus, tiny_length):
     """Flags of the study at a tiny size, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    flags = "--layers=4 --width=32 --mlp=40 --heads=2 --seq=32 --batch=4 --eval_sequences=16 --threads=1 --vocab=512"
-    monkeypatch.setattr(length, "SETTING", [*length.SETTING, *flags.split()])
-    monkeypatch.setattr(length, "TRIED_AT", 8)
     monkeypatch.setattr(choices, "STEPS", 16)
     return ["--data", str(corpus), "--name", "mine", "--seeds", "2"]
 

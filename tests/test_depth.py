@@ -20,7 +20,7 @@ from studies import depth, length, stats
     ],
 )
 def test_the_verdict_follows_the_rule(change, word):
-    assert length.verdict(change, depth.differs, depth.level) == word
+    assert length.verdict(change, depth.differs, length.level) == word
 
 
 def test_the_deep_network_gets_the_budget_of_the_usual_one():
@@ -41,11 +41,8 @@ def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
     assert (tmp_path / "depth" / "table.md").read_text() == committed
 
 
-def test_the_study_from_nothing_then_from_its_results(tmp_path, monkeypatch, corpus, at_once):
+def test_the_study_from_nothing_then_from_its_results(tmp_path, monkeypatch, corpus, tiny_length):
     monkeypatch.chdir(tmp_path)
-    flags = "--layers=4 --width=32 --mlp=40 --heads=2 --seq=32 --batch=4 --eval_sequences=16 --threads=1 --vocab=512"
-    monkeypatch.setattr(length, "SETTING", [*length.SETTING, *flags.split()])
-    monkeypatch.setattr(length, "TRIED_AT", 8)
     monkeypatch.setattr(depth, "STEPS", 16)
     monkeypatch.setattr(depth, "DEEP", ["--layers=8", "--width=24", "--mlp=32", "--init_std=0.1", "--lr=2e-3"])
     mine = ["--data", str(corpus), "--name", "mine", "--seeds", "2", "--methods", "full,raptr"]
