@@ -10,7 +10,7 @@ train: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 bench: .venv/ready
 	$(RUN) -m tools.bench

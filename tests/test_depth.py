@@ -43,6 +43,9 @@ def test_the_committed_page_comes_from_committed_logs(tmp_path, monkeypatch):
 
 def test_the_study_from_nothing_then_from_its_results(tmp_path, monkeypatch, corpus, tiny_length):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/mine-length").mkdir(parents=True)
+    tried = {kind: {"0.002": 4.0} for kind in length.KINDS}
+    (tmp_path / "results/mine-length/rates.json").write_text(json.dumps(tried))
     monkeypatch.setattr(depth, "STEPS", 16)
     monkeypatch.setattr(depth, "DEEP", ["--layers=8", "--width=24", "--mlp=32", "--init_std=0.1", "--lr=2e-3"])
     mine = ["--data", str(corpus), "--name", "mine", "--seeds", "2", "--methods", "full,raptr"]

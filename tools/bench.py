@@ -141,10 +141,6 @@ def bench_methods(args, report):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Models of `transformers`: as rivals, and over a subnetwork
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # The presets at full size
 
 MICRO_BATCH = {"bert_base": 64, "bert_large": 32, "ul2_1p6b": 4}  # meant for 80 GB; train.py --dry_run estimates
