@@ -46,7 +46,7 @@ from engine import machine, options, parallel
 from engine.errors import UserError, guard
 from engine.log import read_jsonl, subplots
 from methods import deep_fusion
-from studies import figures, length, stats
+from studies import figures, stats
 from text.corpus import open_corpus
 
 SETTING = "--config=configs/ul2_toy.toml --method=full --vocab=1024 --lr=4e-3 --init_std=0.125 --eval_sequences=256"
@@ -273,7 +273,7 @@ def verdicts(errors, runs):
     rates = slopes(runs, lambda run: math.log2(best(run)))
     losses = slopes(runs, lambda run: run["losses"][FACTORS.index(1.0)])
     of_rates = lambda low, high: low > 0 or (-0.25 < low and high < 0.25)  # noqa: E731
-    of_losses = lambda low, high: high < 0 or (-length.LEVEL < low and high < length.LEVEL)  # noqa: E731
+    of_losses = lambda low, high: high < 0 or stats.level(low, high)  # noqa: E731
     found = orders(errors)
     wanted = {"flows without the bracket": 2, "flows with the bracket": 3}
     wanted |= {"steps without the bracket": 2, "steps with both terms": 3}
@@ -281,9 +281,9 @@ def verdicts(errors, runs):
     said = lambda values: stats.signed(stats.interval(values))  # noqa: E731
     return [
         ("a larger bracket goes with a lower best learning rate", f"log2 of the best factor: {said(rates)}",
-         length.verdict(rates, lambda low, high: high < 0, of_rates)),
+         stats.verdict(rates, lambda low, high: high < 0, of_rates)),
         ("a larger bracket goes with a higher final loss", f"nats at factor 1: {said(losses)}",
-         length.verdict(losses, lambda low, high: low > 0, of_losses)),
+         stats.verdict(losses, lambda low, high: low > 0, of_losses)),
         ("the expansion holds", ", ".join(f"{found[name]:.2f}" for name in wanted), "yes" if holds else "no"),
     ]  # fmt: skip
 

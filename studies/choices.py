@@ -80,16 +80,6 @@ def plan(choices, common, rates):
 # What the runs say
 
 
-def word(values):
-    """better, worse, level or undecided, of differences of losses, by rule 5 of results/LOG.md."""
-    mean, half = stats.interval(values)
-    if half is None:
-        return "undecided"
-    if abs(mean) > half:
-        return "better" if mean < 0 else "worse"
-    return "level" if abs(mean) + half < length.LEVEL else "undecided"
-
-
 def costs_the_same(run):
     """Whether a run takes as many layer FLOPs as the default."""
     return math.isclose(stats.event(run, "run")["relative_flops_layers"], length.BUDGET, rel_tol=1e-3)
@@ -118,7 +108,7 @@ def write_page(name, runs, made):
         different = [flag[2:].split("=")[0] for flag in CHOICES.get(choice, ()) or ("--stages", "--alpha")]
         share = 1 / stats.event(its[0], "run")["relative_flops_layers"]
         losses = f"{stats.spread([stats.loss(run) for run in its])} ({len(its)})"
-        compared = [stats.measured(values, word) for values in (of_default, of_full)]
+        compared = [stats.measured(values, stats.word) for values in (of_default, of_full)]
         text = {flag: f"{value:g}" if isinstance(value, float) else value for flag, value in flags.items()}
         changed = budget.as_text([f"--{flag}={text[flag]}" for flag in different])
         cells[costs_the_same(its[0])].append([choice, changed, f"{share:.3f}", losses, *compared])
@@ -128,7 +118,7 @@ def write_page(name, runs, made):
     lines += [line for each in made for line in stats.made_by(each)]
     lines += [f"UL2 {size}; one learning rate, {first['lr']:g}, chosen for the default. Layer FLOPs:"]
     lines += [f"as a share of full training's. Loss: mean ± std (seeds). {stats.PAIRED}"]
-    lines += [f"Level: the interval lies within {length.LEVEL}. Of so many choices some may stand out by chance."]
+    lines += [f"Level: the interval lies within {stats.LEVEL}. Of so many choices some may stand out by chance."]
     lines += ["", "## As many FLOPs as the default", "", *stats.table(head, cells[True])]
     if cells[False]:
         lines += ["", "## More FLOPs, or fewer: read the last column", "", *stats.table(head, cells[False])]

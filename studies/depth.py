@@ -11,7 +11,7 @@ rule of its words was in results/LOG.md before the first run. Flags of train.py 
 
 from engine import options
 from engine.errors import guard
-from studies import budget, choices, compare, figures, length, stats
+from studies import budget, compare, figures, length, stats
 
 STEPS = 3600
 DEEP = ["--layers=24", "--width=96", "--mlp=240", "--init_std=0.102", "--lr=2e-3"]
@@ -29,13 +29,13 @@ def write_page(name, usual, deep):
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in deep) if arm != "full"]
     of_arm = [(arm, *(stats.differences(runs, arm, "full") for runs in (usual, deep))) for arm in arms]
     rows = [["full, held-out loss", *(of_full(runs) for runs in (usual, deep))]]
-    rows += [[f"{arm} minus full", *(stats.measured(values, choices.word) for values in both)] for arm, *both in of_arm]
+    rows += [[f"{arm} minus full", *(stats.measured(values, stats.word) for values in both)] for arm, *both in of_arm]
     against = [stats.differences(runs, "raptr", "stacking") for runs in (usual, deep)]
-    rows.append(["raptr minus stacking", *(stats.measured(values, choices.word) for values in against)])
+    rows.append(["raptr minus stacking", *(stats.measured(values, stats.word) for values in against)])
     gaps = [stats.differences(runs, "raptr", "full") for runs in (usual, deep)]
     change = stats.minus(gaps[1], gaps[0])
     question = f"RaPTr's gap to full training differs between {sizes[0]} and {sizes[1]}"
-    answer = [question, stats.measured(change), length.verdict(change, differs, length.level)]
+    answer = [question, stats.measured(change), stats.verdict(change, differs, stats.level)]
     lines = ["# Depth", "", stats.rebuilt("studies.depth", name), stats.PAIRED, ""]
     lines += [*stats.table(["", *sizes], rows), "", *stats.table(["question", "by how much", "verdict"], [answer])]
     stats.save_page(stats.RESULTS / name / "table.md", lines)

@@ -30,7 +30,6 @@ BUDGET, RATES, TRIED_AT = 4 / 3, (2e-3, 4e-3), 3600
 SETTING = ["--config=configs/ul2_toy.toml", "--layers=12", "--width=128", "--mlp=320", "--init_std=0.088"]
 SETTING += ["--vocab=4096", f"--denoisers={UL2}", "--lr_schedule=wsd", "--save_every=0", "--eval_sequences=1024"]
 OWN = ("--lr", "--steps")  # flags that it sets itself
-LEVEL = 0.02  # nats: intervals within this much of 0 are called level
 
 
 def flags_at(steps, more):
@@ -79,27 +78,12 @@ def change(lengths, arm, other):
     return stats.minus(of_length[-1], of_length[0]) if len(of_length) > 1 else None
 
 
-def verdict(values, yes, no):
-    """yes, no or undecided, by two tests of the ends (low, high) of an interval. not run: without values."""
-    if not values:
-        return "not run"
-    mean, half = stats.interval(values)
-    if half is None:
-        return "undecided"
-    low, high = mean - half, mean + half
-    return "yes" if yes(low, high) else "no" if no(low, high) else "undecided"
-
-
 def falls(low, high):
     return high < 0
 
 
-def level(low, high):
-    return -LEVEL < low and high < LEVEL
-
-
 def stays(low, high):
-    return low > 0 or level(low, high)
+    return low > 0 or stats.level(low, high)
 
 
 def verdicts(lengths):
@@ -108,10 +92,10 @@ def verdicts(lengths):
     gap, lead = change(lengths, "raptr", "full"), change(lengths, "raptr", "stacking")
     constant = stats.differences(lengths[longest], "raptr", "constant")
     rows = [
-        ("RaPTr's gap to full training closes with length", gap, verdict(gap, falls, stays)),
-        ("stacking's lead over RaPTr goes with length", lead, verdict(lead, falls, stays)),
+        ("RaPTr's gap to full training closes with length", gap, stats.verdict(gap, falls, stays)),
+        ("stacking's lead over RaPTr goes with length", lead, stats.verdict(lead, falls, stays)),
         ("RaPTr is at least level with constant-p", constant,
-         verdict(constant, lambda low, high: high < LEVEL, lambda low, high: low > 0)),
+         stats.verdict(constant, lambda low, high: high < stats.LEVEL, lambda low, high: low > 0)),
     ]  # fmt: skip
     missing = "" if longest == max(LENGTHS) else f", up to {longest} steps"
     return [(question + missing, values, word) for question, values, word in rows]

@@ -51,7 +51,6 @@ from engine.log import has_ended, read_jsonl, read_log, subplots, write
 from engine.runs import load_run, read_config
 from evals.finetune import Trainer
 from studies import stats
-from studies.length import verdict
 from text.corpus import rng
 from text.prepare import SPECIAL
 from train import to_device
@@ -277,7 +276,7 @@ def conclusion(runs):
     places, advantages = zip(*found)
     what = stats.signed(stats.interval(advantages))
     where = f"RaPTr's loss lies at {statistics.mean(places):.2f} from full's (0) to full_flops' (1)"
-    word = verdict(advantages, better, not_better)
+    word = stats.verdict(advantages, better, not_better)
     return f"RaPTr's score minus that of full training at RaPTr's loss: {what} ({len(found)} seeds). {where}. {word}."
 
 

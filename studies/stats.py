@@ -59,6 +59,38 @@ def slope(points):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Words for intervals, by the rules of results/LOG.md
+
+LEVEL = 0.02  # nats
+
+
+def level(low, high):
+    """Whether an interval of differences of losses lies within LEVEL of 0."""
+    return -LEVEL < low and high < LEVEL
+
+
+def word(values):
+    """better, worse, level or undecided, of differences of losses."""
+    mean, half = interval(values)
+    if half is None:
+        return "undecided"
+    if abs(mean) > half:
+        return "better" if mean < 0 else "worse"
+    return "level" if level(mean - half, mean + half) else "undecided"
+
+
+def verdict(values, yes, no):
+    """yes, no or undecided, by two tests of the ends (low, high) of an interval. not run: without values."""
+    if not values:
+        return "not run"
+    mean, half = interval(values)
+    if half is None:
+        return "undecided"
+    low, high = mean - half, mean + half
+    return "yes" if yes(low, high) else "no" if no(low, high) else "undecided"
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # What the runs of a comparison say
 
 

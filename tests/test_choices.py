@@ -27,7 +27,7 @@ RATES = {"full": 2e-3, "raptr": 4e-3}
     ],
 )
 def test_the_word_follows_the_rule(values, word):
-    assert choices.word(values) == word
+    assert stats.word(values) == word
 
 
 def test_a_choice_differs_in_what_it_says_and_nothing_else():

@@ -20,7 +20,7 @@ from studies import depth, length, stats
     ],
 )
 def test_the_verdict_follows_the_rule(change, word):
-    assert length.verdict(change, depth.differs, length.level) == word
+    assert stats.verdict(change, depth.differs, stats.level) == word
 
 
 def test_the_deep_network_gets_the_budget_of_the_usual_one():
