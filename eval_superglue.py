@@ -350,9 +350,11 @@ def evaluate(args):
     asked_for = MAIN if args.finetune else TASKS
     there = [task for task in asked_for if superglue.split_file(args.data, task, "val")]
     tasks = there if args.tasks == "all" else args.tasks.split(",")
+    if not there:
+        raise UserError(f"--data {args.data}: holds no task, such as BoolQ/val.jsonl")
     for task in tasks:
         if task not in there:
-            raise UserError(f"--tasks: {task!r} is not one of {', '.join(there) or 'those in --data, which has none'}")
+            raise UserError(f"--tasks: {task!r} is not one of {', '.join(there)}")
     files = {task: files_of(task, args.data, args.finetune) for task in tasks}
     run, model, tokenizer, autocast = open_run(args, finetuned=["bert", "ul2"])
     out = Path(args.out or f"out/superglue/{Path(run).resolve().name}{'' if args.finetune else f'-{args.shots}shot'}")

@@ -181,14 +181,16 @@ def verify(folder):
             raise UserError(f"{name} has changed since it was written")
 
 
-def load(folder, device="cpu"):
-    """(tensors, meta) of one checkpoint. Raises UserError, with the reason, if it is not good."""
-    verify(folder)
+def load(folder):
+    """(tensors, meta) of one checkpoint. Raises UserError, with folder and reason, if it is not good."""
     try:
-        tensors = {file.stem: load_file(file, device=str(device)) for file in folder.glob("*.safetensors")}
+        verify(folder)
+        tensors = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
         return tensors, json.loads((folder / "meta.json").read_text())
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: of json
-        raise UserError(f"it cannot be read ({error})") from None
+        raise UserError(f"{folder}: it cannot be read ({error})") from None
 
 
 def load_newest(run):
@@ -204,8 +206,8 @@ def load_newest(run):
         except UserError as error:
             aside = next(p for n in range(1_000_000) if not (p := Path(f"{folder}.corrupt{n or ''}")).exists())
             folder.rename(aside)
-            reasons.append(f"{folder.name}: {error}")
-            print(f"warning: {folder} is not a good checkpoint: {error}; set aside as {aside.name}", file=sys.stderr)
+            reasons.append(str(error))
+            print(f"warning: not a good checkpoint, set aside as {aside.name}: {error}", file=sys.stderr)
     if reasons:
         raise NoCheckpoint(f"{run}: no usable checkpoint: {'; '.join(reasons)}")
     return None

@@ -85,8 +85,10 @@ def costs(args):
     accumulates = args.batch // args.micro_batch // W > 1
     share = W if args.fsdp else 1
     block = sum(p.numel() for p in meta_block(config).parameters())
-    # FSDP2 holds the embedding, the head and two blocks gathered, and the gradients of one of them in float32.
-    gathered = (2 if bf16 else 4) * (P - config.layers * block + 2 * block) + 4 * block if args.fsdp else 0
+    # FSDP2 holds the whole model gathered, or embedding, head and two blocks; and one block's gradients in float32.
+    size = 2 if bf16 else 4
+    there = P if size * P <= parallel.KEPT else P - (config.layers - 2) * block
+    gathered = size * there + 4 * block if args.fsdp else 0
     in_flight = 0 if args.fsdp or W == 1 else 2 * parallel.BUCKET  # gradients on their way to other ranks
     fixed = {"weights": 4 * P / share, "gradients": 4 * P / share, "moments": 8 * P / share}
     # Gradients add up in place. One process keeps the first half of the batch apart: one set more.

@@ -5,8 +5,8 @@
 
 Every process ("rank") derives the same path and the same batch from (seed, step) and trains on its share of the batch.
 Data parallel sums the gradients of the layers that ran: skipped layers are not sent. (DDP would send everything, or
-hang: it expects the same parameters in every step.) Under FSDP2 a skipped block is never
-gathered. With one process nothing here communicates, and torch.distributed is not started.
+fail at the second step: it expects the same parameters in every step.) Under FSDP2 a skipped block is never gathered.
+With one process nothing here communicates, and torch.distributed is not started.
 Not here: the loop (train.py).
 """
 
@@ -27,6 +27,7 @@ from engine import machine
 from engine.errors import Disagreement, Exit
 
 BUCKET = 1 << 25  # bytes of gradients that are sent together
+KEPT = 4e9  # bytes of a model's weights that FSDP2 keeps gathered from forward to backward pass, at most
 
 
 class Left(Exit):
@@ -199,18 +200,17 @@ class Ranks:
         """FSDP2: each block on its own, and the rest together. Gradients are summed, as in `summing`, not averaged.
 
         dtype: of gathered weights; gradients are summed in float32. A block's weights are freed after its forward
-        pass and gathered again for the backward pass, unless a gathered model takes less than a tenth of a GPU.
+        pass and gathered again for the backward pass, unless all of them take KEPT bytes at most.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.mesh = self.mesh or dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
-        gathered = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        fits = self.device.type == "cuda" and gathered < torch.cuda.get_device_properties(self.device).total_memory / 10
+        keep = sum(p.numel() for p in model.parameters()) * dtype.itemsize <= KEPT
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if dtype != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in [*model.blocks, model]:
-            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False if fits else None)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False if keep else None)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -259,9 +259,11 @@ def is_lost(error):
 
 
 def reshard(model):
-    """Free what FSDP2 keeps gathered after a forward pass that no backward pass follows."""
-    if hasattr(model, "reshard"):
-        model.reshard()
+    """Free what FSDP2 keeps gathered after a forward pass that no backward pass follows. The optimizer does not know
+    the gathered weights."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # of this module alone
+            module.reshard()
 
 
 def is_sharded(tensor):

@@ -165,7 +165,9 @@ def read_config(folder):
 
 
 def must_match(before, now):
-    """{name: value before} of the flags that may not change and are different now."""
+    """{name: value before} of the flags that may not change and are different now. A flag that no longer exists has its
+    default."""
+    now = options.REMOVED | now
     return {name: value for name, value in before.items() if name not in MAY_CHANGE and now.get(name) != value}
 
 
@@ -193,7 +195,7 @@ def initial_weights(args, config, depth, tokenizer_sha256):
 
 def load_run(run, device="cpu"):
     """(model, tokenizer, flags) of a run folder, from its newest checkpoint. Raises UserError if it is not a run
-    folder, or has no good checkpoint."""
+    folder, or if that checkpoint is missing or not good."""
     run = Path(run)
     try:
         given = json.loads((run / "config.json").read_text())
@@ -208,7 +210,7 @@ def load_run(run, device="cpu"):
         tokenizer = WordPiece(run / "vocab.txt")
     else:
         tokenizer = load_tokenizer(run / "tokenizer.model")
-    tensors = checkpoint.load(folders[-1], device)[0]
+    tensors = checkpoint.load(folders[-1])[0]  # on the CPU, as the moments are not needed
     config = transformer.Config.of(args, objective(args, vocab=tokenizer.vocab_size()).model_vocab)
     model = transformer.make(config).to(device).eval()
     depth = 1 + max(int(name.split(".")[1]) for name in tensors["model"] if name.startswith("blocks."))

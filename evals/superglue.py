@@ -257,11 +257,11 @@ def score(place, data):
 
 def baseline(data, out):
     """Write submission files with one label everywhere: the most frequent of train.jsonl (of the validation set where
-    there is no train.jsonl); in ReCoRD the first entity."""
-    for task in TASKS:
-        path = split_file(data, task, "val")
-        if path is None:
-            continue
+    there is no train.jsonl); in ReCoRD the first entity. Raises UserError if there is no task in `data`."""
+    files = {task: path for task in TASKS if (path := split_file(data, task, "val"))}
+    if not files:
+        raise UserError(f"--data {data}: holds no task, such as BoolQ/val.jsonl")
+    for task, path in files.items():
         examples = read_task(task, path)
         if task == "ReCoRD":
             predictions = {e.key: (e.fields["entities"] or [""])[0] for e in examples}

@@ -304,6 +304,9 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     # Runs of an earlier start whose folders are not here, perhaps on another machine, count as they are in results/.
     alone = {job: wanted[job] for job in jobs if not jobs[job].exists()}
     known, schedules = in_results(results, alone, common, machine[0])
+    for arm, its in flags.items():
+        if schedules.get(arm, as_text(its)) != as_text(its):
+            raise UserError(f"{results}: {arm} has {schedules[arm]}, not {as_text(its)}; choose another --name")
     here = [job for job in jobs if job not in known or jobs[job].exists()]
     table = json.loads((results / "table.json").read_text()) if known else {}
     starts = [table["made"]] if known else []

@@ -202,7 +202,7 @@ def ended(folder):
     UserError if there are none, or if they are not UL2 decoders of LONGEST tokens."""
     runs = {}
     for run in sorted(Path(folder).glob("*-*")):
-        name = re.fullmatch(r"([a-z_]+)-(\d+)", run.name)
+        name = re.fullmatch(r"(.+)-(\d+)", run.name)
         if name and has_ended(read_log(run)):
             runs[name[1], int(name[2])] = run
     if not runs:
@@ -356,7 +356,7 @@ def main():
         raise UserError("name the folder of a comparison, like out/compare/length-7200, or --rebuild FOLDER")
     if args.rebuild:
         return write_results(args.rebuild)
-    settings = {"runs": args.runs, "steps": args.steps, "batch": BATCH, "rate": RATE, "warmup": WARMUP}
+    settings = {"runs": str(Path(args.runs)), "steps": args.steps, "batch": BATCH, "rate": RATE, "warmup": WARMUP}
     results = stats.RESULTS / args.name
     run_all(ended(args.runs), settings | {"held_out": HELD_OUT}, results / "runs.jsonl", args.jobs)
     write_results(results)

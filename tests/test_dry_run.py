@@ -57,25 +57,24 @@ def test_memory_is_what_a_step_takes(more):
     assert estimated == pytest.approx(measured, rel=0.1)
 
 
-def test_costs_by_hand():
+def test_costs_by_hand(monkeypatch):
     """BERT-Base on 8 GPUs: 109.5M parameters and their moments, shared out by FSDP2; FLOPs from the logs' own count."""
     flags = ["--config", "configs/bert_base.toml", "--dry_run", "--gpus", "8"]
     c = dry_run.costs(options.parse(flags))
     assert c["parameters"] == pytest.approx(110e6, rel=0.01)
-    assert (c["weights"], c["gradients"], c["moments"]) == (
-        4 * c["parameters"],
-        4 * c["parameters"],
-        8 * c["parameters"],
-    )
+    assert [c[name] / c["parameters"] for name in ("weights", "gradients", "moments")] == [4, 4, 8]
     assert c["tokens"] == 1_000_000 * 256 * 512 and c["relative_flops_layers"] == pytest.approx(4 / 3)
     assert c["hours"] * 3600 * 8 * 989e12 * 0.4 == pytest.approx(c["flops"])
     assert c["corpus"] == 2 * c["tokens"] and c["checkpoints"] == 3
     ul2 = dry_run.costs(options.parse(["--config", "configs/ul2_1p6b.toml", "--dry_run", "--gpus", "8"]))
-    assert (
-        ul2["corpus"] == 4 * ul2["tokens"] and ul2["checkpoints"] == 10
-    )  # 256,000 words; every 50,000th of 400,000 stays
-    sharded = dry_run.costs(options.parse([*flags, "--fsdp"]))
+    assert ul2["corpus"] == 4 * ul2["tokens"]  # 256,000 words
+    assert ul2["checkpoints"] == 10  # every 50,000th of 400,000 stays
+    sharded = dry_run.costs(options.parse([*flags, "--fsdp", "--dtype", "bfloat16"]))
     assert sharded["moments"] * 8 == c["moments"] and sharded["memory"] < c["memory"]
+    assert sharded["gathered"] == pytest.approx(2 * c["parameters"] + 4 * 12 * 768**2, rel=0.01)
+    monkeypatch.setattr(parallel, "KEPT", 0)
+    freed = dry_run.costs(options.parse([*flags, "--fsdp", "--dtype", "bfloat16"]))["gathered"]
+    assert sharded["gathered"] - freed == pytest.approx(2 * 10 * 12 * 768**2, rel=0.01)
     smaller = dry_run.costs(options.parse([*flags, "--micro_batch", "8"]))
     assert smaller["activations"] < 0.4 * c["activations"] and smaller["flops"] == c["flops"]
 

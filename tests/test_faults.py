@@ -23,7 +23,7 @@ import torch
 import methods
 import model as transformer
 import train
-from engine import ROOT, checkpoint, options, runs
+from engine import ROOT, checkpoint, options, parallel, runs
 from engine.errors import NotFinite, UserError
 from processes import Run
 from raptr import Subnetwork
@@ -379,12 +379,17 @@ def test_width_goes_on_with_any_number_of_processes(flags, tmp_path):
     assert exact(copy, ref) and len({e["bytes_reduced"] for e in events(copy, "step")}) > 3
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_fsdp_trains_as_data_parallel_does(flags, method, tmp_path):
-    flags = [*flags, *METHODS[method]]
+def scarce(rank):
+    """FSDP2 frees weights after the forward pass, as it does with large models."""
+    parallel.KEPT = 0
+
+
+@pytest.mark.parametrize("method, fault", [("raptr", None), ("stacking", None), ("decreasing", scarce)])
+def test_fsdp_trains_as_data_parallel_does(flags, method, fault, tmp_path):
+    flags = [*flags, *METHODS[method], "--eval_every", "3"]  # an evaluation just before each checkpoint
     ref, two, sharded = go(flags), tmp_path / "two", tmp_path / "sharded"
     assert Run(at(flags, two), world=2).end()[0] == [0, 0] and exact(two, ref)
-    codes, errors = Run([*at(flags, sharded), "--fsdp"], world=2).end()
+    codes, errors = Run([*at(flags, sharded), "--fsdp"], world=2, fault=fault).end()
     assert codes == [0, 0] and close(sharded, ref), errors
     for name, weight in weights(ref).items():
         torch.testing.assert_close(weights(sharded)[name], weight, atol=1e-4, rtol=0)

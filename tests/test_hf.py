@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.runs import load_run
 from eval_superglue import Classifier
@@ -36,6 +36,13 @@ def test_our_model_in_their_hands(tmp_path):
     again, tokenizer = hf.load(tmp_path / "theirs")
     assert tokenizer is None
     torch.testing.assert_close(again.logits(tokens, every), model.logits(tokens, every))
+    # Norms as early checkpoints name them, bert-base-uncased among them.
+    file = tmp_path / "theirs/model.safetensors"
+    early = lambda name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")  # noqa: E731
+    renamed = {early(name): tensor for name, tensor in load_file(file).items()}
+    assert sum("gamma" in name for name in renamed) == 2 * SMALL.layers + 2
+    save_file(renamed, file)
+    torch.testing.assert_close(hf.load(tmp_path / "theirs")[0].logits(tokens, every), model.logits(tokens, every))
 
 
 def test_their_model_in_our_hands(tmp_path):

@@ -317,8 +317,8 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
     pieces: a list of sources (text_files), or a function that starts a fresh pass over (text, ends). val_pieces: the
     same for a held-out text; without it a share `val_fraction` of the documents is held out, chosen by a hash.
     tokenizer: file to use instead of training one of `vocab` ids.
-    After an interruption the same call continues; what a function yields is encoded anew. Several processes may make
-    the same call: one works, the others wait for it.
+    After an interruption, or a part that cannot be read, the same call continues; what a function yields is encoded
+    anew. Several processes may make the same call: one works, the others wait for it.
     Raises UserError if there is no text, or none for one of the two splits.
     """
     text, held_out = ([p] if callable(p) else [*(p or [])] for p in (pieces, val_pieces))
@@ -342,7 +342,10 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
             shares = [0.0 if held_out else val_fraction] * len(parts) + [1.0] * len(val_parts)
             encode_parts(folder, parts + val_parts, shares)
             write_meta(folder, len(shares), source)
-        except UserError:
+        except UserError as error:
+            encoded = len([*folder.glob("[0-9]*.json")])
+            if encoded and encoded < len(shares) and not callable(pieces):  # perhaps only the network failed
+                raise UserError(f"{error}; what is encoded stays in {folder}, and the same command goes on") from None
             shutil.rmtree(folder, ignore_errors=True)
             raise
         folder.rename(out)

@@ -60,6 +60,13 @@ HEAD = {
 }
 
 
+def todays(name):
+    """A weight's name as `names` has it. Early checkpoints, such as bert-base-uncased, call a norm's weight gamma and
+    its bias beta."""
+    name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def load(folder):
     """(model, tokenizer) of a folder with a `transformers` BERT. The tokenizer is None without a vocab.txt.
 
@@ -81,7 +88,7 @@ def load(folder):
         )  # fmt: skip
     except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: no config.json and model.safetensors of a BERT there ({error})") from None
-    tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    tensors = {todays(name): tensor for name, tensor in tensors.items()}
     model = transformer.BERT(config).eval()
     weights = dict(model.named_parameters())
     try:

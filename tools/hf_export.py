@@ -187,7 +187,7 @@ The tokenizer writes `[S] text <0> <0>`, and all but the last token are read in 
 """
 
 
-def card(model, run, args, folder, own_class, checked):
+def card(model, run, args, name, own_class, checked):
     """The text of README.md, with the Hub's metadata. checked: the sentence of the check."""
     config, events = model.config, read_log(run)
     bert = config.arch == "bert"
@@ -208,11 +208,11 @@ def card(model, run, args, folder, own_class, checked):
             f"predicting by frequency gets {first['unigram_loss']:.3f}",
         ]
     return CARD.format(
-        name=folder.name,
+        name=name,
         task="fill-mask" if bert else "text-generation",
         kind="MaskedLM" if bert else "CausalLM",
         facts="\n".join(f"- {fact}" for fact in [*facts, checked]),
-        figure="\n![loss, and which layers ran](loss.png)\n" if (folder / "loss.png").exists() else "",
+        figure="\n![loss, and which layers ran](loss.png)\n" if (run / "loss.png").exists() else "",
         code="" if own_class else ", trust_remote_code=True",
         ask="If the [MASK] is empty, [MASK] is returned." if bert else "Return a new",
         notes=("" if own_class else CODE_NOTE) + ("" if bert else UL2_NOTE),
@@ -245,7 +245,7 @@ def export(loaded, run, folder, save_bert):
     checked = f"logits in transformers differ by {largest:.1e} at most, on {what} in float32"
     if (run / "loss.png").exists():
         shutil.copy(run / "loss.png", unfinished)
+    write(unfinished / "README.md", card(model, run, args, folder.name, own_class, checked))
     unfinished.rename(folder)
-    write(folder / "README.md", card(model, run, args, folder, own_class, checked))
     print(f"  {checked}")
     return own_class

@@ -145,7 +145,7 @@ def sentences(corpus, tokenizer, seq, count, seed):
     for window in corpus.held_out(1024, 4 * seq):
         documents = [tokenizer.decode(ids.tolist()) for ids in np.split(window, np.flatnonzero(window == SEP) + 1)]
         whole = [text.split(". ") for text in documents]
-        whole[0], whole[-1] = whole[0][1:], whole[-1][:-1]  # a window begins and ends anywhere
+        del whole[0][0], whole[-1][-1:]  # a window begins and ends anywhere
         found |= {text.rstrip(".") + "." for texts in whole for text in texts if text[:1].isupper()}
     found = [text for text in found if 35 <= len(text) <= 65 and text[-3:-1].isalpha()]  # not "e.g."
     found = [text for text in found if len(tokenizer.encode(text)) < seq - 8]
