@@ -364,8 +364,9 @@ class UL2(Stack):
 
     def states(self, tokens, prefix, subnetwork=None):
         """States (B, T, C) of token ids (B, T), of which the first `prefix` (B,) are read in both directions."""
-        drops = self.training and self.dropout > 0  # which flex attention cannot
-        fused = tokens.is_cuda and self.relative is None and not drops
+        drops = self.training and self.dropout > 0  # which flex attention cannot, as heads narrower than 16
+        wide = self.config.width // self.config.heads >= 16
+        fused = tokens.is_cuda and self.relative is None and wide and not drops
         return self.encode(tokens, subnetwork, self.mask(prefix, tokens.shape[1], fused))
 
     def logits(self, tokens, prefix, subnetwork=None):

@@ -114,7 +114,7 @@ class Full:
         return 0
 
     def depth(self, step):
-        """How many layers the network has. When this changes, the loop grows the network: it asks `sources`."""
+        """How many layers the network has. When this changes, the loop asks `sources`, and makes the new network."""
         return self.layers
 
     def sources(self, n, m):
@@ -138,7 +138,7 @@ class Staged(Full):
         self.plan = plan
 
     def stage(self, step):
-        last = len(self.plan) - 1  # which goes on where a run is longer than its plan
+        last = len(self.plan) - 1  # it goes on if a run is longer than its plan
         return next((i for i, stage in enumerate(self.plan) if step <= stage.end), last)
 
     def expected_layers(self, step):

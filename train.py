@@ -115,6 +115,11 @@ def to_device(arrays, device):
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
+def precise(tensor):
+    """A loss or a norm in float64, in which the sum does not depend on the number of processes. MPS has no float64."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
 def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autocast, ranks):
     """Leave in `.grad` the gradients of the batch, summed over its micro-batches and over all ranks. Those of skipped
     layers are None. Returns this rank's contribution to the mean loss over all targets.
@@ -129,14 +134,14 @@ def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autoca
     halves = [range(count // 2), range(count // 2, count)] if ranks.size == 1 and count > 1 else [range(count)]
     losses, first_half = [], []
     for half in halves:
-        total = 0.0  # of the loss, in float64, so that its sum does not depend on the number of processes
+        total = 0.0
         for i in half:
             torch.manual_seed(dropout_seed + starts[i])  # dropout, too, is a function of (seed, step)
             with autocast:
                 loss = model(inputs[i], subnetwork) / targets
             with ranks.summing(parameters) if i == count - 1 else contextlib.nullcontext():
                 loss.backward()  # adds to what is in .grad
-            total = total + loss.detach().double()
+            total = total + precise(loss.detach())
         losses.append(total)
         if len(halves) > 1 and half is halves[0]:
             first_half = [p.grad for p in parameters]
@@ -165,7 +170,7 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
-    rank_loss, norm = torch.stack([rank_loss, norm.double()]).tolist()  # the one time that the host waits for a GPU
+    rank_loss, norm = torch.stack([rank_loss, precise(norm)]).tolist()  # the one time that the host waits for a GPU
     losses = exchange(rank_loss) if exchange else [loss for (loss,) in ranks.gather(rank_loss)]
     loss = sum(losses)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -254,7 +259,7 @@ def main(args, ranks):
     model, optimizer = build(args, config, depth, ranks)
     run.restore(model, optimizer, initial)
     del initial
-    has_ended = run.open_log()
+    has_begun, has_ended = run.open_log()
     if has_ended:
         return log.summarize(run.folder) if ranks.first else None
     facts = {
@@ -263,9 +268,9 @@ def main(args, ranks):
         "dtype": str(dtype),
         "threads": torch.get_num_threads(),
     }
-    if run.step == 0:
+    if not has_begun:
         run.record("run", **describe(args, config, objective, held_out, method, corpus), **facts, flags=run.flags)
-    else:
+    if run.step:
         run.record("resume", step=run.step, **facts, changed=run.changed)
     loop(args, ranks, run, method, objective, config, model, optimizer, held_out, autocast)
     run.close()
@@ -290,10 +295,10 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     bar = tqdm(total=args.steps, initial=run.step, unit=" steps", disable=not ranks.first or None, dynamic_ncols=True)
     say = lambda text: bar.write(text, file=sys.stderr) if ranks.first else None  # noqa: E731
     enough = objective.unigram_loss(held_out[2]) - args.stop_below if args.stop_below else -math.inf
-    step, full = run.step, math.inf
+    step, full_loss = run.step, math.inf
     if step and (args.stop_below or step == args.steps) and is_evaluated(args, method, step):
-        full = held_out_loss(None)
-    last = step == args.steps or full <= enough  # it was killed after its last checkpoint, and has only to say so
+        full_loss = held_out_loss(None)
+    last = step == args.steps or full_loss <= enough  # it was killed after its last checkpoint, and has only to say so
     if not last:
         ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
     while not last:
@@ -307,7 +312,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             bar.close()
             raise Stopped(f"stopped by {signals.name()} after step {step - 1}; the same command continues")
 
-        # 2. Stacking only: a deeper network, whose layers and moments are copies of those before.
+        # 2. Stacking only: a network of another depth, whose layers and moments are copies of those before.
         depth = len(model.blocks)
         if method.depth(step) != depth:
             before, began = held_out_loss(None), time.perf_counter()
@@ -349,16 +354,16 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
 
         # 5. Evaluate the full model, and beside it some paths of each length; save.
         if is_evaluated(args, method, step):
-            full = held_out_loss(None)
+            full_loss = held_out_loss(None)
             shorter = {k: held_out_loss(*paths) for k, paths in examples.items()}
-            run.record("eval", step=step, loss=full, flops=run.flops, subnetworks=shorter)
+            run.record("eval", step=step, loss=full_loss, flops=run.flops, subnetworks=shorter)
             paths = "".join(f", {k} layers {value:.3f}" for k, value in shorter.items())
-            say(f"step {step:>6}  held-out loss {full:.3f}{paths}")
-        last = step == args.steps or full <= enough
+            say(f"step {step:>6}  held-out loss {full_loss:.3f}{paths}")
+        last = step == args.steps or full_loss <= enough
         if last or (args.save_every and step % args.save_every == 0):
             run.save(step, model, optimizer, last)
     bar.close()
-    run.record("done", step=step, loss=full, flops=run.flops, seconds=run.seconds)
+    run.record("done", step=step, loss=full_loss, flops=run.flops, seconds=run.seconds)
 
 
 def start(args):

@@ -163,7 +163,9 @@ def prune(run, step, keep=2, keep_every=0):
         return
     for old in folders(run)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            stale = old.with_name(f".{old.name}.tmp")  # so that no half of it is left under its name
+            old.rename(stale)
+            shutil.rmtree(stale)
 
 
 def verify(folder):

@@ -5,6 +5,7 @@
 Not here: anything that trains. No torch, so that it answers at once.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,14 +14,12 @@ from engine.errors import UserError, guard
 
 
 def read_jsonl(path):
-    """The objects of a JSONL file, in order. Leaves out lines that were cut off in writing."""
+    """The objects of a JSONL file, in order. Leaves out lines that are none, as one that was cut off in writing."""
     values = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-        except ValueError:
-            continue
-    return values
+    return [value for value in values if isinstance(value, dict)]
 
 
 def read_log(run):
@@ -52,7 +51,8 @@ def has_ended(events):
 
 
 def draw_run(run):
-    """loss.png: loss over the steps, and below it which layers ran. Needs matplotlib; without it, no figure."""
+    """loss.png: loss over the steps, and below it which layers ran. No figure without matplotlib, or where the log was
+    lost."""
     try:
         figure, (top, strip) = subplots(8, 6, 2, sharex=True, height_ratios=[3, 1])
     except ImportError:
@@ -61,6 +61,8 @@ def draw_run(run):
     first = next(e for e in events if e["event"] == "run")
     steps = [e for e in events if e["event"] == "step"]
     evals = [e for e in events if e["event"] == "eval"]
+    if not steps or not evals:
+        return None
     L = first["flags"]["layers"]
     top.plot(
         [e["step"] for e in steps], [e["loss"] for e in steps], color="0.8", lw=0.7, label="training, the step's path"
@@ -99,9 +101,12 @@ def span(seconds):
 def summarize(run):
     """What a person wants to know of a finished run."""
     events = read_log(run)
-    first, last = next(e for e in events if e["event"] == "run"), events[-1]
+    first = next((e for e in events if e["event"] == "run"), None)
+    if first is None or not has_ended(events):
+        return print(f"{run}: its log is not complete, so there is no summary", file=sys.stderr)
+    last = events[-1]
     layers, step = first["relative_flops_layers"], first["relative_flops_step"]
-    tokens = [e for e in events if e["event"] == "step"][-1]["tokens"]
+    tokens = last["step"] * first["flags"]["batch"] * first["flags"]["seq"]
     figure = draw_run(run)
     took, frequency = span(last["seconds"]), first["unigram_loss"]
     print(f"\n  {run.name}: {last['step']:,} steps, {tokens / 1e6:.1f}M tokens, {took} of training\n")

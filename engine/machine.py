@@ -19,8 +19,11 @@ def choose(device="auto", dtype="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        dtype = "bfloat16" if device == "cuda" or (device == "cpu" and fast) else "float32"
+        if device == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        dtype = "bfloat16" if fast else "float32"
     return device, getattr(torch, dtype)
 
 
@@ -36,7 +39,6 @@ def settings(threads=0, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high")
     steady_memory()
 
 
@@ -45,8 +47,10 @@ def steady_memory():
     noise."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        # M_MMAP_THRESHOLD, of which older versions of glibc take at most 32 MiB. Refused, it stays; then setting
+        # M_TRIM_THRESHOLD would do harm, as it ends the threshold's growth.
+        if libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25):
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 class BestEffort:

@@ -4,6 +4,7 @@ A run folder out/NAME/ holds config.json (the flags), log.jsonl (every step), st
 tokenizer. Not here: what a checkpoint is (engine/checkpoint.py), the training loop (train.py).
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -44,7 +45,7 @@ class Run:
         self.folder, self.args, self.ranks = Path(args.out), args, ranks
         self.flags = {**vars(args), "data_fingerprint": corpus.fingerprint}
         self.tokenizer_sha256 = corpus.meta["tokenizer_sha256"]
-        self.changed, self.newest, self.pruning = {}, None, None
+        self.changed, self.newest, self.pruning, self.log_failed = {}, None, None, False
 
         def open_folder():
             self.lock = checkpoint.lock(self.folder)
@@ -77,22 +78,29 @@ class Run:
 
     def open_log(self):
         """Open log.jsonl for appending. Drops what it holds of steps after the checkpoint: they come again. Returns
-        whether the run has ended already."""
+        whether it says how the run began (it may have been lost), and whether the run has ended already."""
         events, path = [], self.folder / "log.jsonl"
         if self.ranks.first:
             if self.step:
                 events = [event for event in log.read_log(self.folder) if event.get("step", 0) <= self.step]
             log.write(path, "".join(json.dumps(event) + "\n" for event in events))
         self.log = open(path if self.ranks.first else os.devnull, "a")
-        ended = bool(self.ranks.gather(log.has_ended(events))[0][0])
+        has_begun = any(event["event"] == "run" for event in events)
+        begun, ended = map(bool, self.ranks.gather(has_begun, log.has_ended(events))[0])
         names = self.args.log_to if self.ranks.first and not ended else ""
         self.mirrors = mirror.mirrors(names, self.folder, self.step, self.flags)
-        return ended
+        return begun, ended
 
     def record(self, event, **facts):
-        """Write one event to the log, and to its mirrors."""
-        self.log.write(json.dumps({"event": event, **facts}) + "\n")
-        self.log.flush()
+        """Write one event to the log, and to its mirrors. Training goes on if the disk is full: events wait in memory,
+        up to a few; more are lost."""
+        try:
+            self.log.write(json.dumps({"event": event, **facts}) + "\n")
+            self.log.flush()
+        except OSError as error:
+            if not self.log_failed:
+                print(f"warning: the log cannot be written, training goes on: {error}", file=sys.stderr)
+            self.log_failed = True
         for show in self.mirrors:
             show(event, facts)
 
@@ -131,7 +139,8 @@ class Run:
         """Finish what `save` began, and unlock the folder."""
         if self.pruning:
             self.pruning.join()
-        self.log.close()
+        with contextlib.suppress(OSError):  # `record` has said so
+            self.log.close()
         if self.ranks.first:
             self.lock.close()
 

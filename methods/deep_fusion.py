@@ -29,6 +29,7 @@ from text.corpus import rng
 
 ADDED = ("width", "heads", "mlp")  # the fused network has the sum of its parents'; they must agree in all other flags
 TRAINING_ONLY = ("dropout", "init_std", "loss_chunk", "norm_parts")  # but for these
+MACHINE = ("device", "micro_batch", "compile", "recompute", "threads", "fsdp", "timeout", "log_to")  # not the network's
 TOKENIZERS = ("vocab.txt", "tokenizer.model")  # files of a run folder; it has one of them
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,8 @@ def write(out, first, flags, config, tensors):
     flags["init_moments"] = "optimizer" in tensors
     (unfinished / "config.json").write_text(json.dumps(flags, indent=1))
     default = vars(options.flags().parse_args([]))
-    changed = {name: flags[name] for name in default if name not in ("config", "out") and flags[name] != default[name]}
+    left_out = ("config", "out", *MACHINE)
+    changed = {name: flags[name] for name in default if name not in left_out and flags[name] != default[name]}
     preset = [f"{name} = {json.dumps(value)}" for name, value in changed.items() if value is not None]
     comment = "# Made by methods.deep_fusion: trains a fused network on."
     (unfinished / "preset.toml").write_text("\n".join([comment, *preset]) + "\n")

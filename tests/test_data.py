@@ -351,6 +351,8 @@ def test_a_mixture_that_cannot_be(tmp_path, text, corpus):
         open_corpus(f"{corpus}:1,nowhere:2")
     with pytest.raises(UserError, match="above 0"):
         open_corpus(f"{corpus}:1,{corpus}:0")
+    with pytest.raises(UserError, match="made of prepared folders"):
+        open_corpus(f"{corpus}:1.2.3,{corpus}:1")
 
 
 # ---- batches

@@ -125,6 +125,7 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     )
     assert done.returncode == 0 and "width 128, 8 heads, 512 hidden neurons" in done.stdout, done.stderr
     assert load_run(tmp_path / "c")[0].config.width == 128
+    assert "threads" not in (tmp_path / "c/preset.toml").read_text()  # another machine may train it on
     preset = [f"--config={tmp_path}/c/preset.toml", "--steps", "6", "--eval_every", "1", "--out"]
     run, fresh = go([*preset, str(tmp_path / "d")]), go([*preset, str(tmp_path / "e"), "--init=", "--no-init_moments"])
     began = events(run, "eval")[0]["loss"]

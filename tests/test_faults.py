@@ -283,6 +283,27 @@ def test_a_disk_that_stays_full(flags, tmp_path):
     assert Run(flags).end()[0] == [0]  # there is room again
 
 
+def full_disk_for_the_log(rank):
+    open_log = runs.Run.open_log
+
+    def onto_a_full_disk(self):
+        found = open_log(self)
+        self.log = open("/dev/full", "a")
+        return found
+
+    runs.Run.open_log = onto_a_full_disk
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written(flags, tmp_path):
+    """Training goes on. The next start says how it went, without the steps."""
+    codes, errors = Run(flags, fault=full_disk_for_the_log).end()
+    assert codes == [0] and errors[0].count("warning: the log cannot be written") == 1, errors
+    assert same(weights(tmp_path / "run"), weights(go(at(flags, tmp_path / "whole"))))
+    go(flags)
+    assert [e["event"] for e in events(tmp_path / "run")] == ["run", "resume", "done"]
+
+
 @pytest.mark.parametrize("world, rank", [(1, 0), (2, 1)])
 def test_stopped_while_the_disk_is_full(flags, world, rank):
     """The step before the signal has just failed to be saved, and cannot be saved now either."""
@@ -718,11 +739,9 @@ def test_a_pickle_under_any_of_our_names_stays_data(flags, corpus, tmp_path):
         copy = tmp_path / f"copy{i}"
         shutil.copytree(source, copy)
         (copy / name).write_bytes(bomb)
-        more = ["--out", str(copy)] if source == run else ["--data", str(copy), "--out", str(tmp_path / f"new{i}")]
-        where = flags.index("--data")
-        base = flags[:where] if source != run else flags[: flags.index("--out")]
+        more = [] if source == run else ["--data", str(copy), "--out", str(tmp_path / f"new{i}")]
         try:
-            train.start(options.parse([*base, *more]))
+            train.start(options.parse([*(at(flags, copy) if source == run else flags), *more]))
         except (json.JSONDecodeError, UnicodeDecodeError):
             pytest.fail(f"{name}: a traceback instead of a sentence")
         assert not os.path.exists(MARK), name

@@ -200,7 +200,7 @@ def open_corpus(data="", vocab=4096):
         return Corpus(prepared(data, vocab))
     folders, weights = [], []
     for entry in data.split(","):
-        folder, _, weight = entry.rpartition(":") if re.search(r":[0-9.]+$", entry) else (entry, "", "1")
+        folder, _, weight = entry.rpartition(":") if re.search(r":(\d+\.?\d*|\.\d+)$", entry) else (entry, "", "1")
         if not (Path(folder) / "meta.json").exists():
             rule = "a mixture is made of prepared folders (python -m text.prepare), with weights: FOLDER:3,FOLDER:1"
             raise UserError(f"--data {entry}: {rule}")
