@@ -25,6 +25,7 @@ import re
 import statistics
 import sys
 import time
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -218,7 +219,7 @@ class Classifier(Answering):
         while len(a) + len(b) > self.longest - 3:
             (a if len(a) >= len(b) else b).pop()
         tokens = [self.tokenizer.bos_id(), *a, self.tokenizer.eos_id(), *b, self.tokenizer.eos_id()]
-        return tokens, [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        return array("i", tokens), bytes([0] * (len(a) + 2) + [1] * (len(b) + 1))  # ReCoRD has a million rows
 
     def keep_words(self, rows):
         """Keep only the words of these rows in the table of embeddings, and renumber their tokens in place. The others
@@ -226,7 +227,7 @@ class Classifier(Answering):
         words = sorted({token for tokens, _ in rows for token in tokens} | {self.pad})
         place = {word: i for i, word in enumerate(words)}
         for tokens, _ in rows:
-            tokens[:] = map(place.__getitem__, tokens)
+            tokens[:] = array("i", map(place.__getitem__, tokens))
         self.pad = place[self.pad]
         kept = self.encoder.tokens.weight.detach()[words]
         self.encoder.tokens = torch.nn.Embedding.from_pretrained(kept, freeze=False)
@@ -277,7 +278,7 @@ class Ranker(Answering):
         mode, gap = words + MODES.index("[S]"), words + len(MODES)
         room = self.model.config.seq - len(answer) - 3
         text = self.tokenizer.encode(asked)[-room:] if room > 0 else []
-        return [mode, *text, gap, gap, *answer], 2 + len(text)
+        return array("i", [mode, *text, gap, gap, *answer]), 2 + len(text)
 
     def forward(self, rows):
         """Log-likelihood (rows,) of each row's answer."""
@@ -322,7 +323,7 @@ def finetune(trained, tokenizer, task, asked, seed, args, autocast):
 
 def few_shot(trained, tokenizer, task, asked, seed, args, autocast):
     """The same without training: the answers of a model as it is, after `shots` solved examples."""
-    solved = next(examples for (_, split), examples in asked.items() if split == "train")
+    solved = next((examples for (_, split), examples in asked.items() if split == "train"), [])
     model, predictions = Ranker(trained, tokenizer, task, seed, args.shots, solved), {}
     for (name, split), examples in asked.items():
         if split != "train":
@@ -335,13 +336,13 @@ def few_shot(trained, tokenizer, task, asked, seed, args, autocast):
 # The command
 
 
-def files_of(task, data, finetuned):
-    """{(task, split): file} of all that is read for a task."""
+def files_of(task, data, shots):
+    """{(task, split): file} of all that is read for a task. shots: K of --shots, or None for --finetune."""
     source = "RTE" if task in DIAGNOSTICS else task  # the diagnostics have no training set
-    places = [(source, "train"), (task, "val"), (task, "test")]
-    places += [(name, "val") for name in DIAGNOSTICS if finetuned and task == "RTE"]
+    places = [(source, "train")] * (shots != "0") + [(task, "val"), (task, "test")]
+    places += [(name, "val") for name in DIAGNOSTICS if shots is None and task == "RTE"]
     files = {place: superglue.split_file(data, *place) for place in places}
-    if files[source, "train"] is None:
+    if files.get((source, "train"), True) is None:
         raise UserError(f"{data}: there is no {source}/train.jsonl")
     return {place: path for place, path in files.items() if path}
 
@@ -355,8 +356,9 @@ def evaluate(args):
     for task in tasks:
         if task not in there:
             raise UserError(f"--tasks: {task!r} is not one of {', '.join(there)}")
-    files = {task: files_of(task, args.data, args.finetune) for task in tasks}
+    files = {task: files_of(task, args.data, args.shots and args.shots[0]) for task in tasks}
     run, model, tokenizer, autocast = open_run(args, finetuned=["bert", "ul2"])
+    seeds = 1 if args.shots == 0 else args.seeds  # without examples nothing is drawn
     out = Path(args.out or f"out/superglue/{Path(run).resolve().name}{'' if args.finetune else f'-{args.shots}shot'}")
     flags, results = ("epochs", "lr", "batch", "longest", "dropout", "shots"), {}
     for task in tasks:
@@ -371,7 +373,7 @@ def evaluate(args):
             kept = [[*place, [[*pair] for pair in p.items()]] for place, p in result["predictions"].items()]
             return result | {"predictions": kept}  # JSON has no tuples as keys
 
-        results[task] = run_seeds(out / "runs" / task, settings | {"wording": WORDING}, args.seeds, solve)
+        results[task] = run_seeds(out / "runs" / task, settings | {"wording": WORDING}, seeds, solve)
     print(f"\n  {run}: median over seeds (lowest to highest; the metrics of the median seed)\n")
     summarize(out, results)
 
@@ -385,7 +387,7 @@ def summarize(out, results):
         table[task] = {"median": middle, "min": low, "max": high, "seeds": len(runs)}
         table[task]["runs"] = [run["epochs"] for run in runs]
         metrics = ", ".join(f"{name} {v:.3f}" for name, v in median["epochs"][-1].items() if name != "score")
-        print(f"  {task:8} {middle:.3f}  ({low:.3f} to {high:.3f}, {len(runs)} seeds; {metrics})")
+        print(f"  {task:8} {middle:.3f}  ({low:.3f} to {high:.3f}, {len(runs)} seed{'s' * (len(runs) > 1)}; {metrics})")
         for name, split, predictions in median["predictions"]:
             for folder in {split, "test"} if name in DIAGNOSTICS else {split}:
                 superglue.write_predictions(out / folder, name, {tuple(key): label for key, label in predictions})

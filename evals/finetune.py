@@ -79,9 +79,9 @@ def batches(lengths, size, generator=None):
 
 
 def padded(rows, fill, device):
-    """Tensor (rows, longest) of lists of token ids, filled up at their ends."""
+    """Tensor (rows, longest) of rows of token ids, filled up at their ends."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
 
 
 def train(model, examples, lengths, epochs, task, seed, warmup, args, autocast):

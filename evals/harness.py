@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from engine.errors import UserError, guard
+
 try:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
@@ -33,6 +35,8 @@ class PrefixLM(HFLM):
 
     def __init__(self, pretrained, **more):
         super().__init__(pretrained, trust_remote_code=True, add_bos_token=False, **more)
+        if not str(self.batch_size_per_gpu).isdecimal():
+            raise UserError(f"--batch_size: must be a number, not {self.batch_size_per_gpu}")
         self.mode, self.gap = self.tokenizer.convert_tokens_to_ids(["[S]", "<0>"])
 
     def read(self, context, room):
@@ -76,4 +80,4 @@ class PrefixLM(HFLM):
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    guard("evals.harness", cli_evaluate)

@@ -365,7 +365,8 @@ def main():
         made = stats.made("studies.bracket", sys.argv[1:])
         text = f"Text: {corpus.meta['source']}, fingerprint {corpus.fingerprint}; torch {torch.__version__}."
         flags.out.mkdir(parents=True, exist_ok=True)
-        with (flags.out / "runs.jsonl").open("w") as lines:
+        unfinished = flags.out / "runs.tmp"  # what was there before stays until all is done
+        with unfinished.open("w") as lines:
             record = {"made": made, "text": text, "expansion": expansion(small_growth(), STEP_SIZES)}
             print(json.dumps(record), file=lines, flush=True)
             for seed in range(flags.seeds):
@@ -373,6 +374,7 @@ def main():
                     print(json.dumps(run), file=lines, flush=True)
                     losses = " ".join(f"{value:.3f}" for value in run["losses"])
                     print(f"  seed {seed}  {run['growth']:9} k {size(run):8.3f}  {losses}", flush=True)
+        unfinished.rename(flags.out / "runs.jsonl")
     show(flags.out)
 
 

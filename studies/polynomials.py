@@ -20,12 +20,10 @@ layers and D = 10; nesting, d, m, layers (8), widths, optimizer and steps are ou
 Legend: L layers, C width, n inputs, d variables, D degrees, m monomials of each degree.
 """
 
-import json
 import math
 import shlex
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +32,7 @@ import torch.nn.functional as F
 
 from engine import options
 from engine.errors import UserError, guard
-from engine.log import read_jsonl, subplots, write
+from engine.log import subplots
 from methods.layerdrop import pld
 from raptr import Full, RaPTr, Stage, all_layers, stage_plan
 from stacking import Stacking, grow, stacking
@@ -218,20 +216,14 @@ def key(s, arm, width, seed, rate):
 def run_all(s, jobs, file, count):
     """The runs of [(arm, width, seed, rate), ...]. Makes those that `file` does not have, `count` at a time, and
     appends them to it."""
-    done = read_jsonl(file) if file.exists() else []
-    write(file, "".join(json.dumps(run) + "\n" for run in done))  # without a line that was cut off in writing
+
+    def told(new):
+        left = " ".join(f"{value:.2f}" for value in new["points"][-1][1:])
+        return f"{new['arm']:10} width {new['width']:3} seed {new['seed']:3}  {left}"
+
+    done = stats.read_done(file)
     done_as = lambda job: next((run for run in done if key(s, *job).items() <= run.items()), None)  # noqa: E731
-    missing, commit = [job for job in jobs if not done_as(job)], stats.commit()
-    with ProcessPoolExecutor(count) as pool:
-        futures = [pool.submit(run, s, *job) for job in missing]
-        for number, future in enumerate(as_completed(futures), 1):
-            new = future.result() | {"commit": commit}
-            done.append(new)
-            with file.open("a") as lines:
-                lines.write(json.dumps(new) + "\n")
-            left = " ".join(f"{value:.2f}" for value in new["points"][-1][1:])
-            name = f"{new['arm']:10} width {new['width']:3} seed {new['seed']:3}"
-            print(f"  {number}/{len(missing)}  {name}  {left}", flush=True)
+    done += stats.append_all(run, [(s, *job) for job in jobs if not done_as(job)], file, count, told)
     return [done_as(job) for job in jobs]
 
 

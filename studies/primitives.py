@@ -31,8 +31,6 @@ training of seed 1000, which is not reported: with one question a prompt, or nam
 at chance for 300 steps.
 """
 
-import json
-import multiprocessing
 import re
 import shlex
 import statistics
@@ -47,7 +45,7 @@ import model as transformer
 from data import MODES, NO_TARGET
 from engine import machine, options
 from engine.errors import UserError, guard
-from engine.log import has_ended, read_jsonl, read_log, subplots, write
+from engine.log import has_ended, read_log, subplots
 from engine.runs import load_run, read_config
 from evals.finetune import Trainer
 from studies import stats
@@ -174,9 +172,8 @@ def accuracy(model, held_out, device, autocast):
     return right / total
 
 
-def fine_tune(job):
+def fine_tune(folder, arm, seed, task, settings):
     """Fine-tune one run on one task. Returns its line of the log."""
-    folder, arm, seed, task, settings = job
     torch.set_num_threads(1)
     machine.steady_memory()
     began, (name, dtype) = time.perf_counter(), machine.choose()
@@ -217,20 +214,14 @@ def ended(folder):
 def run_all(runs, settings, file, count):
     """Append to `file` a line for each run {(arm, seed): folder} and task that it does not have, `count` at a time.
     Raises UserError if it holds lines of other settings."""
-    done = read_jsonl(file) if file.exists() else []
+    done = stats.read_done(file)
     for name, value in settings.items():
         if other := [line[name] for line in done if line[name] != value]:
             raise UserError(f"{file}: was made with {name} {other[0]}, not {value}; choose another --name")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, "".join(json.dumps(line) + "\n" for line in done))  # without a line that was cut off in writing
-    known, commit = {(line["arm"], line["seed"], line["task"]) for line in done}, stats.commit()
+    known = {(line["arm"], line["seed"], line["task"]) for line in done}
     missing = [(run, *key, task, settings) for key, run in runs.items() for task in TASKS if (*key, task) not in known]
-    with multiprocessing.Pool(count) as pool, file.open("a") as log:
-        for number, line in enumerate(pool.imap_unordered(fine_tune, missing), 1):
-            log.write(json.dumps(line | {"commit": commit}) + "\n")
-            log.flush()
-            name = f"{line['arm']}-{line['seed']}, {line['task']}"
-            print(f"  {number}/{len(missing)}  {name}: {line['accuracy']:.3f}", flush=True)
+    told = lambda line: f"{line['arm']}-{line['seed']}, {line['task']}: {line['accuracy']:.3f}"  # noqa: E731
+    stats.append_all(fine_tune, missing, file, count, told)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ Not here: what is measured (compare.py, stability.py, polynomials.py). No torch.
 A run is one line of results/NAME/runs.jsonl: {"arm": its method, "seed": ..., and what was measured}.
 """
 
+import json
 import math
 import shlex
 import statistics
 import subprocess
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import methods
@@ -108,6 +110,30 @@ def read_all(folders):
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, folders.values()))}")
     return found
+
+
+def read_done(file):
+    """The results that a study has already in a JSONL file, which loses a line that was cut off in writing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = read_jsonl(file) if file.exists() else []
+    write(file, "".join(json.dumps(result) + "\n" for result in done))
+    return done
+
+
+def append_all(solve, jobs, file, count, told):
+    """Append solve(*job), a dict, to a JSONL file for every job, `count` at a time in processes of their own, each with
+    the commit of the code, and print told(result). Returns the results. An error ends those that have not begun."""
+    made_at, results = {"commit": commit()}, []
+    with ProcessPoolExecutor(count) as pool, file.open("a") as lines:
+        futures = [pool.submit(solve, *job) for job in jobs]
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                results.append(future.result() | made_at)
+                print(json.dumps(results[-1]), file=lines, flush=True)
+                print(f"  {number}/{len(jobs)}  {told(results[-1])}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return results
 
 
 def must_share_text(runs, name):

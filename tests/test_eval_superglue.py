@@ -120,7 +120,7 @@ def test_what_is_too_long_is_cut():
     config = Config(layers=1, width=8, heads=1, mlp=8, vocab=200, seq=12)
     model = eval_superglue.Classifier(BERT(config), Words, "RTE", 50, 0)
     tokens, types = model.row("a bb ccc dddd eeeee ffffff ggggggg", "a bb ccc")
-    assert tokens == [100, 1, 2, 3, 4, 5, 6, 101, 1, 2, 3, 101] and types == [0] * 8 + [1] * 4
+    assert list(tokens) == [100, 1, 2, 3, 4, 5, 6, 101, 1, 2, 3, 101] and list(types) == [0] * 8 + [1] * 4
 
 
 def test_batches_cover_everything_once():
@@ -214,6 +214,16 @@ def test_few_shots(runs, tests, tmp_path):  # noqa: F811
         assert keys[0] == keys[1] == {example.key for example in examples(task)}
     shown = run("--shots", 2, runs["bert"], "--data", tests, "--out", tmp_path / "no")
     assert shown.returncode == 2 and "BERT" in shown.stderr
+    (tests / "CB" / "train.jsonl").unlink()
+    shown = run("--shots", 0, runs["ul2"], "--data", tests, "--tasks", "CB", "--out", tmp_path / "none")
+    assert shown.returncode == 0 and "1 seed;" in shown.stdout, shown.stderr  # nothing is drawn
+
+
+@pytest.mark.parametrize("what", ["--baseline", "--finetune"])
+def test_data_without_a_task(what, tmp_path):
+    shown = run(what, tmp_path / "out", "--data", tmp_path / "typo")
+    assert shown.returncode == 2 and "typo: holds no task" in shown.stderr and shown.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_examples_before_a_question_depend_on_seed_task_and_number(runs):

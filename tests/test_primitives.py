@@ -199,7 +199,7 @@ def test_who_is_fine_tuned(comparison, monkeypatch):
     seen = []
     monkeypatch.setattr(primitives, "accuracy", lambda model, *_: seen.append(model) or 0.0)
     for arm in ("full", "untrained"):
-        primitives.fine_tune((comparison / "full-3", arm, 3, "look-up", settings))
+        primitives.fine_tune(comparison / "full-3", arm, 3, "look-up", settings)
     end = load_run(comparison / "full-3")[0]
     start = transformer.make(end.config, 3)
     assert (end.blocks[1].mlp.up.weight - start.blocks[1].mlp.up.weight).abs().max().item() > 4e-3
