@@ -43,6 +43,7 @@ length = number(int, "a whole number, 8 or above", lambda x: x >= 8)
 positive = number(float, "a number above 0", lambda x: x > 0)
 nonnegative = number(float, "a number, 0 or above", lambda x: x >= 0)
 share = number(float, "a number from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+portion = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -207,13 +208,12 @@ def model_flags(add):
 
 
 def optimizer_flags(add):
-    decay = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
     add.flag("batch", count, 256, "sequences per step, over all processes")
     add.flag("micro_batch", natural, 0, "sequences per forward pass of a process, at most; 0: its share of the batch")
     add.flag("lr", positive, 1e-4, "peak learning rate")
     add.flag("lr_schedule", str, "linear", "learning rate decay after warm-up", choices=["linear", "cosine", "wsd"])
     add.flag("warmup", nonnegative, 0.01, "steps of linear warm-up; below 1: a share of --steps")
-    add.flag("decay", decay, 0.2, "wsd: share of the steps in the last decay")
+    add.flag("decay", portion, 0.2, "wsd: share of the steps in the last decay")
     add.flag("min_lr", share, 0.0, "final learning rate, as a share of --lr")
     add.flag("beta1", share, 0.9, "decay rate of the first moment")
     add.flag("beta2", share, 0.999, "decay rate of the second moment")
@@ -248,11 +248,10 @@ def machine_flags(add):
 
 
 def dry_run_flags(add):
-    used = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
     add.switch("dry_run", "print what the run needs (memory, FLOPs, hours, disk) and stop")
     add.flag("gpus", count, 1, "GPUs to plan for")
     add.flag("peak", positive, 989.0, "a GPU's dense bfloat16 TFLOP/s; the default is an H100's or H200's")
-    add.flag("mfu", used, 0.4, "share of the peak that is used")
+    add.flag("mfu", portion, 0.4, "share of the peak that is used")
 
 
 GROUPS = {

@@ -41,16 +41,13 @@ def theirs(args, kind, attention="eager"):
     return model, model.model.layers
 
 
-def their_step(args, model, share=1.0):
-    """A function that takes a training step of their model as its documentation has it, with the clipping and the
-    optimizer of ours. share: of the tokens, that have a label."""
-    tokens = torch.randint(SPECIAL, args.vocab, (args.batch, args.seq))
-    labels = torch.where(torch.rand(tokens.shape) < share, tokens, data.NO_TARGET)
+def step_of(model, loss_of, dtype):
+    """A function that takes a training step of a model with the clipping and the optimizer of ours."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
     def step():
-        with machine.autocast("cpu", args.dtype):
-            loss = model(input_ids=tokens, labels=labels).loss
+        with machine.autocast("cpu", dtype):
+            loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -58,6 +55,13 @@ def their_step(args, model, share=1.0):
         return loss.item()
 
     return step
+
+
+def their_step(args, model, share=1.0):
+    """`step_of` their model, called as its documentation has it. share: of the tokens, that have a label."""
+    tokens = torch.randint(SPECIAL, args.vocab, (args.batch, args.seq))
+    labels = torch.where(torch.rand(tokens.shape) < share, tokens, data.NO_TARGET)
+    return step_of(model, lambda: model(input_ids=tokens, labels=labels).loss, args.dtype)
 
 
 def load_nanogpt(folder):
@@ -72,25 +76,14 @@ def load_nanogpt(folder):
 
 
 def nanogpt_step(args, compiled, dtype):
-    """A step of nanoGPT's GPT of the same size, as its train.py takes it. Its optimizer is fused, as ours."""
+    """`step_of` nanoGPT's GPT of the same size, called as its train.py does. Its optimizer is fused, as ours."""
     module = load_nanogpt(args.nanogpt)
     sizes = {"block_size": args.seq, "vocab_size": args.vocab, "n_layer": args.layers, "n_head": args.heads}
     with contextlib.redirect_stdout(sys.stderr):  # it counts its parameters aloud
         model = module.GPT(module.GPTConfig(**sizes, n_embd=args.width, dropout=0.0, bias=False))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     run = torch.compile(model) if compiled else model
     tokens = torch.randint(SPECIAL, args.vocab, (args.batch, args.seq + 1))
-
-    def step():
-        with machine.autocast("cpu", dtype):
-            loss = run(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    return step_of(model, lambda: run(tokens[:, :-1], tokens[:, 1:].contiguous())[1], dtype)
 
 
 OURS = ["ours", "ours, compiled"]

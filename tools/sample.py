@@ -18,7 +18,7 @@ import torch
 
 from data import MODES, sentinels
 from engine.errors import UserError, guard
-from engine.options import command, count, natural, nonnegative, number
+from engine.options import command, count, natural, nonnegative, portion
 from engine.runs import load_run, own_text
 from raptr import RaPTr, Stage, draw
 from text.prepare import CLS, MASK, PAD, SEP, SPECIAL, UNK
@@ -207,7 +207,6 @@ def answer(model, tokenizer, text, paths, args):
 
 
 def main():
-    share = number(float, "a share above 0, up to 1", lambda x: 0 < x <= 1)
     parser = command("tools.sample", __doc__)
     add = parser.add_argument
     add("run", help="run folder of train.py")
@@ -218,7 +217,7 @@ def main():
     add("--tokens", type=count, default=40, help="UL2: most tokens to write [40]")
     add("--temperature", type=nonnegative, default=0.7, help="UL2: divides the logits; 0: take the likeliest [0.7]")
     add("--top_k", type=natural, default=0, help="UL2: draw among the k likeliest; 0: all [0]")
-    add("--top_p", type=share, default=0.95, help="UL2: draw among the likeliest of this probability [0.95]")
+    add("--top_p", type=portion, default=0.95, help="UL2: draw among the likeliest of this probability [0.95]")
     add("--seed", type=natural, default=random.randrange(1000), help="of path, words and sentences [random]")
     args = parser.parse_args()
     model, tokenizer, flags = load_run(args.run)
