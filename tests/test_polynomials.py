@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from engine import ROOT
-from engine.errors import guard
+from engine.errors import UserError, guard
+from engine.log import read_jsonl
 from processes import script
 from raptr import Subnetwork, all_layers
-from studies import polynomials
+from studies import polynomials, stats
 from studies.polynomials import ARMS, Setting
 
 SMALL = Setting(inputs=6, degrees=4, monomials=3, layers=4, steps=40, batch=16, held_out=64)
@@ -204,3 +205,22 @@ def test_the_committed_table_comes_from_the_committed_runs(tmp_path, monkeypatch
     polynomials.compare_arms(Setting(), [24, 40, 64], 5, 3, 1, tmp_path, command)
     assert (tmp_path / "table.md").read_text() == (ROOT / "results/polynomials/table.md").read_text()
     assert (tmp_path / "runs.jsonl").read_text() == (ROOT / "results/polynomials/runs.jsonl").read_text()
+
+
+def halved(number):
+    if number == 3:
+        raise UserError("3 is odd")
+    return {"half": number // 2}
+
+
+def test_what_ended_before_an_error_is_kept(tmp_path, capsys):
+    file = tmp_path / "results" / "runs.jsonl"
+    assert stats.read_done(file) == []
+    with pytest.raises(UserError, match="odd"):
+        stats.append_all(halved, [(2,), (4,), (3,), *[(8,)] * 50], file, 1, str)
+    kept = [line["half"] for line in stats.read_done(file)]
+    assert kept[:2] == [1, 2] and len(kept) < 10
+    file.write_text(file.read_text() + '{"half": 4, "comm')
+    assert [line["half"] for line in stats.read_done(file)] == kept == [line["half"] for line in read_jsonl(file)]
+    assert [line["half"] for line in stats.append_all(halved, [(6,)], file, 1, lambda line: line["half"])] == [3]
+    assert capsys.readouterr().out.endswith("  1/1  3\n") and len(stats.read_done(file)) == len(kept) + 1
