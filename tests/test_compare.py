@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import methods
-from engine import ROOT, options
+from engine import ROOT, options, runs
 from engine.errors import UserError
 from engine.log import read_log
 from processes import script
@@ -176,6 +176,8 @@ def test_a_comparison_continues_from_its_results_alone(tmp_path, corpus, monkeyp
     for arm in ("full", "constant"):  # all must have the same flags, asked for or not
         with pytest.raises(UserError, match="full-0 was trained with another --steps"):
             compare.main(["--methods", arm, "--seeds", "1", *command, "--steps", "8"])
+    with pytest.raises(UserError, match="stacking has stages .*, not stages .*; choose another --name"):
+        compare.main(["--methods", "stacking", "--seeds", "1", "--first_seed", "7", *command, "--budget", "1.2"])
     assert (tmp_path / "results/t/runs.jsonl").read_text() == after
 
 
@@ -189,6 +191,15 @@ def test_all_arms_of_a_seed_share_their_start(tmp_path, corpus, monkeypatch):
                  + [*flags.split(), "--data", str(corpus), "--lr", "1e-12"])  # fmt: skip
     rows = json.loads((tmp_path / "results/s/table.json").read_text())["rows"]
     assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) < 1e-6
+
+
+def test_flags_that_are_gone_stop_no_comparison():
+    """The first comparisons were logged with flags that have gone, at their defaults."""
+    run = stats.read_runs(ROOT / "results/short")[0]
+    flags = stats.event(run, "run")["flags"]
+    assert not options.REMOVED.keys().isdisjoint(flags)
+    assert runs.must_match(flags, vars(options.complete(flags))) == {}
+    assert runs.must_match(flags | {"theta_bar": 0.9}, vars(options.complete(flags))) == {"theta_bar": 0.9}
 
 
 def test_a_fusion_pays_for_its_parents(tmp_path, corpus, monkeypatch):
