@@ -69,7 +69,7 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
     (Proportional).
     full_warmup: steps that train the full model before the first stage. They count as steps of the run; the paper does
         not say whether they do.
-    Raises ValueError if the plan falls, does not end at `layers`, or has more stages than there are steps.
+    Raises ValueError if the plan falls, does not end at `layers`, or leaves a stage without a step.
     """
     text = "-".join(f"{k:g}" for k in lengths)
     if not all(map(math.isfinite, lengths)) or any(b < a for a, b in zip(lengths, lengths[1:])):
@@ -114,7 +114,7 @@ class Full:
         return 0
 
     def depth(self, step):
-        """How many layers the network has. When this changes, the loop asks `sources`, and makes the new network."""
+        """How many layers the network has. On a change, the loop calls `sources` and rebuilds the network."""
         return self.layers
 
     def sources(self, n, m):

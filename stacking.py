@@ -28,7 +28,7 @@ from raptr import Staged, Subnetwork, all_layers, stage_plan
 
 
 def stacking(n, m):
-    """Gradual: a copy of the last m - n layers on top. Growing by more than there are repeats the whole stack."""
+    """Gradual: a copy of the last m - n layers on top. If m - n > n, the whole stack is repeated."""
     block = min(n, m - n)  # 6 to 9: the block is layers 3, 4, 5
     return [i if i < n else n - block + (i - n) % block for i in range(m)]
 
@@ -83,7 +83,7 @@ class PartlyFrozen(Subnetwork):
 class Stacking(Staged):
     """A stage plan (raptr.py) whose lengths are depths of the network itself; `depth(step)` says how deep it is.
 
-    kind: one of SOURCES. only_new: train only the layers that the last growth added (MSLT).
+    kind: a value of SOURCES. only_new: train only the layers that the last growth added (MSLT).
     A full-model stage before the others (`--full_warmup`) trains the deep network first and continues with its lowest
     layers. This gives stacking the warm-up that RaPTr gets; what the upper layers learned is lost.
     Raises ValueError for a growth that is not possible.

@@ -6,10 +6,10 @@
     python -m methods.deep_fusion out/A out/B --out out/C --measure              compare it with its parents, on text
 
 Every matrix becomes [[A, 0], [0, B]], every vector and embedding [a, b]; heads and hidden neurons stand side by side,
-and the logits are the mean of both parents'. The zeros (the "fusion property") keep the function of a linear stack. A
-norm over the joined vector keeps it only approximately; `--split_norms` norms each parent's entries separately, which
-keeps it exactly. `--off_diagonal fresh` (the "fusion rule") has random numbers instead of the zeros. Two equal halves
-with zeros between them would stay equal in training: `--noise` makes them differ.
+and the logits, with their bias, are the mean of both parents'. The zeros (the "fusion property") keep the function of a
+linear stack. A norm over the joined vector keeps it only approximately; `--split_norms` norms each parent's entries
+separately, which keeps it exactly. `--off_diagonal fresh` (the "fusion rule") has random numbers instead of the zeros.
+Two equal halves with zeros between them would stay equal in training: `--noise` makes them differ.
 Not here: the training before and after (train.py).
 
 Source: Deep Fusion (Mazzawi et al., arXiv 2306.11903). No code was published. Our reading: the factor 1/2 of the logits

@@ -49,9 +49,10 @@ def pld(layers, steps, mean_depth=None, seed=0, gamma=None):
     Raises ValueError for a mean depth that would need theta_bar < 0.
     """
     gamma = gamma or 100 / steps
-    theta_bar = 0.5 if mean_depth is None else theta_bar_for(mean_depth, layers, mean_settling(steps, gamma))
+    settling = mean_settling(steps, gamma)
+    theta_bar = 0.5 if mean_depth is None else theta_bar_for(mean_depth, layers, settling)
     if theta_bar < 0:
-        least = f"{(layers - 1) / 2:g} of {layers}"
+        least = f"{math.ceil(50 * (layers - 1 + (layers + 1) * settling)) / 100:g} of {layers}"
         raise ValueError(f"--mean_depth {mean_depth:g}: progressive layer dropping keeps at least {least} layers")
 
     def keep(step):

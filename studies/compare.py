@@ -13,7 +13,7 @@ are evaluated on the same held-out tokens, so differences between arms are paire
     full_flops     all layers, fewer steps, own decay
     shallow        fewer layers from start to end, all steps
     shallow_flops  those layers, more steps: the FLOPs of full
-    ramp           all layers, scaled in one by one; costs what full costs
+    ramp           all layers, scaled up from 0 to 1, deeper ones later; costs what full costs
     raptr_width    raptr, --part width
     raptr_both     raptr, --part both
     fusion         two networks of half the width (methods/deep_fusion.py)

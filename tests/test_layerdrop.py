@@ -105,7 +105,7 @@ def test_draws_depend_on_the_step_alone(method):
     [
         ("decreasing", 12, 8.9, "at least 9 of 12"),
         ("decreasing", 2, None, "at least 3 layers"),
-        ("pld", 12, 5.4, "at least 5.5 of 12"),
+        ("pld", 12, 5.5, "at least 5.57 of 12"),
     ],
 )
 def test_impossible_depths_are_refused(method, layers, depth, word):
