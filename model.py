@@ -94,6 +94,12 @@ def buckets(distance, count=32, far=128):
     return half * (distance > 0) + torch.where(near < small, near, log.long().clamp(max=half - 1))
 
 
+def on(device, values):
+    """Numbers as a tensor on a device. The host does not wait for a GPU."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def explicit(q):
     """Whether to write attention out: on the CPU in bfloat16 the fused kernel's backward pass is slower."""
     return q.is_cpu and q.dtype == torch.bfloat16
@@ -292,9 +298,9 @@ class Stack(nn.Module):
         subnetwork = subnetwork or all_layers(len(self.blocks))
         scales = [None] * len(subnetwork.layers)
         if subnetwork.scale is not None:
-            scales = torch.tensor(subnetwork.scale, device=x.device).unbind()  # tensors: a float would recompile
+            scales = on(x.device, subnetwork.scale).unbind()  # tensors: a float would recompile
         width = subnetwork.width  # its blocks have been cut to it (methods/width.py)
-        gain = None if width is None else torch.tensor(width.scale, device=x.device)
+        gain = None if width is None else on(x.device, width.scale)
 
         # y_l = y_{l-1} + a_l f_l(y_{l-1}), where a block returns y + f(y) and applies a_l itself. The loop visits
         # only the layers of the path. That is the bypass: a layer not listed never runs, and its weights get no
@@ -364,9 +370,9 @@ class UL2(Stack):
 
     def states(self, tokens, prefix, subnetwork=None):
         """States (B, T, C) of token ids (B, T), of which the first `prefix` (B,) are read in both directions."""
-        drops = self.training and self.dropout > 0  # which flex attention cannot, as heads narrower than 16
-        wide = self.config.width // self.config.heads >= 16
-        fused = tokens.is_cuda and self.relative is None and wide and not drops
+        # Flex attention has no dropout and no heads narrower than 16, and would be compiled again for other lengths.
+        usual = tokens.shape[1] == self.config.seq and self.config.width // self.config.heads >= 16
+        fused = tokens.is_cuda and usual and self.relative is None and not (self.training and self.dropout > 0)
         return self.encode(tokens, subnetwork, self.mask(prefix, tokens.shape[1], fused))
 
     def logits(self, tokens, prefix, subnetwork=None):

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import gc
 import math
 import platform
 import time
@@ -66,6 +67,7 @@ def build(args, config, depth, ranks):
     if args.fsdp:
         ranks.shard(model, machine.choose(args.device, args.dtype)[1])
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # in width, each number of heads has graphs of its own
         for block in model.blocks:
             block.compile()  # one graph serves all blocks and all paths
     return model, make_optimizer(model, args)
@@ -139,7 +141,7 @@ def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autoca
             torch.manual_seed(dropout_seed + starts[i])  # dropout, too, is a function of (seed, step)
             with autocast:
                 loss = model(inputs[i], subnetwork) / targets
-            with ranks.summing(parameters) if i == count - 1 else contextlib.nullcontext():
+            with ranks.summing(model, last=i == count - 1):
                 loss.backward()  # adds to what is in .grad
             total = total + precise(loss.detach())
         losses.append(total)
@@ -318,6 +320,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             before, began = held_out_loss(None), time.perf_counter()
             sources = method.sources(depth, method.depth(step))
             model, optimizer = grow(model, optimizer, sources, args, config, ranks)
+            gc.collect()  # of the old network: --compile and FSDP2 hold it in cycles
             took, after = time.perf_counter() - began, held_out_loss(None)
             run.record("grow", step=step, depth_before=depth, depth=len(sources), sources=sources,
                        loss_before=before, loss_after=after, seconds=took)  # fmt: skip

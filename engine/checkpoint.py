@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine import parallel
+from engine import log, parallel
 from engine.errors import NoCheckpoint, NotFinite, UserError
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def lock(run):
     try:
         Path(run).mkdir(parents=True, exist_ok=True)
         file = open(Path(run, ".lock"), "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
         raise UserError(f"--out {run}: another process is training there") from None

@@ -1,6 +1,6 @@
 """What a run needs, before it runs: parameters, FLOPs, memory, disk, hours. Nothing is allocated and no text is read.
 
-    python train.py --config configs/bert_base.toml --dry_run --gpus 8 --device cuda
+    python train.py --config configs/bert_base.toml --dry_run --gpus 8
 
 Memory is not a formula: the model takes one training step on fake tensors, which have shapes but no contents, and
 torch's own tracker counts what is alive. Hours are FLOPs / (GPUs x peak x MFU): --mfu is an assumption of yours, not
@@ -85,10 +85,13 @@ def costs(args):
     accumulates = args.batch // args.micro_batch // W > 1
     share = W if args.fsdp else 1
     block = sum(p.numel() for p in meta_block(config).parameters())
-    # FSDP2 holds the whole model gathered, or embedding, head and two blocks; and one block's gradients in float32.
+    # FSDP2 holds gathered: the whole model, with all gradients (float32) between micro-batches; or, if it is too large,
+    # embedding, head and two blocks, with the gradients of one.
     size = 2 if bf16 else 4
-    there = P if size * P <= parallel.KEPT else P - (config.layers - 2) * block
-    gathered = size * there + 4 * block if args.fsdp else 0
+    if size * P <= parallel.KEPT:
+        gathered = size * P + 4 * (P if accumulates else block)
+    else:
+        gathered = size * (P - (config.layers - 2) * block) + 4 * block
     in_flight = 0 if args.fsdp or W == 1 else 2 * parallel.BUCKET  # gradients on their way to other ranks
     fixed = {"weights": 4 * P / share, "gradients": 4 * P / share, "moments": 8 * P / share}
     # Gradients add up in place. One process keeps the first half of the batch apart: one set more.
@@ -98,8 +101,8 @@ def costs(args):
     recomputed = args.recompute * (price(mean) - price(0)) / 3  # the forward pass of the layers, once more
     flops, tokens = args.steps * price(mean), args.steps * args.batch * args.seq
     return {
-        "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered,
-        "memory": total + gathered, "flops_per_step": price(mean), "flops": flops,
+        "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered * args.fsdp,
+        "memory": total + gathered * args.fsdp, "flops_per_step": price(mean), "flops": flops,
         "relative_flops_layers": args.layers / mean, "relative_flops_step": price() / price(mean),
         "tokens": tokens, "corpus": tokens * np.dtype(prepare.token_dtype(args.vocab)).itemsize, "checkpoint": 12 * P,
         "checkpoints": args.keep + 1 + ((args.steps - 1) // args.keep_every if args.keep_every else 0),

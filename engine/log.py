@@ -6,6 +6,8 @@ Not here: anything that trains. No torch, so that it answers at once.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -33,6 +35,16 @@ def write(path, text):
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
+
+
+def flock(file, how):
+    """Lock an open file, as fcntl.flock does. Where the file system has no locks, a warning is all that can be done."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        print(f"warning: no locks here; let no other process write beside {file.name}", file=sys.stderr)
 
 
 def subplots(width, height, rows=1, columns=1, **more):

@@ -27,7 +27,7 @@ from engine import machine
 from engine.errors import Disagreement, Exit
 
 BUCKET = 1 << 25  # bytes of gradients that are sent together
-KEPT = 4e9  # bytes of a model's weights that FSDP2 keeps gathered from forward to backward pass, at most
+KEPT = 4e9  # bytes of a model's weights that FSDP2 keeps gathered throughout a step, at most
 
 
 class Left(Exit):
@@ -48,7 +48,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0  # only the first rank writes
         self.device, self.step, self.waits, self.announced = torch.device(device), 0, 0, None
-        self.mesh = None
+        self.mesh, self.keeps = None, False  # of FSDP2; keeps: weights stay gathered throughout a step
         if self.size == 1:
             return
         backend = "gloo"
@@ -149,10 +149,16 @@ class Ranks:
     # --- adding -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def summing(self, parameters):
-        """Within this context, a backward pass sums the gradients of all ranks, in buckets, while it runs. Parameters
-        of skipped layers get no gradient, and nothing is sent for them. FSDP2 sums by itself."""
-        if self.size == 1 or any(map(is_sharded, parameters)):
+    def summing(self, model, last):
+        """A context for the backward pass of a micro-batch. That of the `last` one in a step sums the gradients of all
+        ranks, in buckets, while it runs. Parameters of skipped layers get no gradient, and nothing is sent for them.
+
+        FSDP2 sums by itself, in every micro-batch; if it keeps weights gathered, in the last one."""
+        sharded = hasattr(model, "set_requires_gradient_sync")
+        if sharded and self.keeps and self.size > 1:
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
+        if sharded or self.size == 1 or not last:
             yield
             return
         bucket, in_flight = [], []
@@ -176,7 +182,7 @@ class Ranks:
                 while in_flight[0][0].is_completed() and len(in_flight) > 1:
                     receive()  # frees the bucket's memory
 
-        hooks = [p.register_post_accumulate_grad_hook(ready) for p in parameters]
+        hooks = [p.register_post_accumulate_grad_hook(ready) for p in model.parameters()]
         try:
             yield
         finally:
@@ -200,19 +206,22 @@ class Ranks:
         """FSDP2: each block on its own, and the rest together. Gradients are summed, as in `summing`, not averaged.
 
         dtype: of gathered weights; gradients are summed in float32. A block's weights are freed after its forward
-        pass and gathered again for the backward pass, unless all of them take KEPT bytes at most.
+        pass and gathered again for the backward pass. If all take KEPT bytes at most, they stay until the step ends.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.mesh = self.mesh or dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
-        keep = sum(p.numel() for p in model.parameters()) * dtype.itemsize <= KEPT
+        self.keeps = sum(p.numel() for p in model.parameters()) * dtype.itemsize <= KEPT
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if dtype != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in [*model.blocks, model]:
-            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False if keep else None)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False if self.keeps else None)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        for block in model.blocks:  # torch does not expect one that no forward pass has reached yet
+            block.unshard()
+            block.reshard()
 
     def close(self):
         """Leave the process group, and end its threads: one that still holds a tensor when Python ends aborts the

@@ -101,8 +101,12 @@ class Run:
             if not self.log_failed:
                 print(f"warning: the log cannot be written, training goes on: {error}", file=sys.stderr)
             self.log_failed = True
-        for show in self.mirrors:
-            show(event, facts)
+        for show in self.mirrors.copy():
+            try:
+                show(event, facts)
+            except Exception as error:  # of somebody else's package: no reason to end a run
+                self.mirrors.remove(show)
+                print(f"warning: --log_to: {error}; training goes on without it", file=sys.stderr)
 
     def save(self, step, model, optimizer, last, stopping=False):
         """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time (`last`),

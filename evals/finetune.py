@@ -114,7 +114,7 @@ def open_run(args, finetuned):
             raise UserError(f"--shots: must be a whole number, 0 or above, not {shots[:40]!r}")
         args.shots = int(shots)
     args.device, dtype = machine.choose(args.device)
-    model, tokenizer, _ = load_run(run, args.device)
+    model, tokenizer, _ = load_run(run, args.device if args.finetune is None else "cpu")  # its copies go to the device
     if model.config.arch not in (finetuned if args.shots is None else ["ul2"]):
         kinds = f"--shots asks a UL2, --finetune trains a {' or a '.join(finetuned).upper()}"
         raise UserError(f"{run}: {kinds}; this is a {model.config.arch.upper()}")

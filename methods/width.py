@@ -115,13 +115,13 @@ COLUMNS = {"heads": ("attention.out.weight",), "neurons": ("mlp.down.weight",)}
 def cut(model, subnetwork, optimizer=None):
     """Narrow the blocks of `subnetwork` to its width, in place, with their moments. Returns what `restore` needs: a
     list, empty if the blocks keep their whole width."""
-    import torch  # here, so that the sampler does without
+    from model import on  # here, so that the sampler does without torch
 
     taken = []
     for i, layer in enumerate(subnetwork.layers if subnetwork and subnetwork.width else ()):
         weights = dict(model.blocks[layer].named_parameters())
         for kind in ("heads", "neurons"):
-            kept = torch.tensor(getattr(subnetwork.width, kind)[i], device=model.bias.device)
+            kept = on(model.bias.device, getattr(subnetwork.width, kind)[i])
             for name in ROWS[kind] + COLUMNS[kind]:
                 p, moments = weights[name], optimizer.state[weights[name]] if optimizer else None
                 wide = in_one_tensor(p, moments) if optimizer else p.data[None]

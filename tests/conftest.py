@@ -47,7 +47,7 @@ def corpus(tmp_path_factory, text):
 @pytest.fixture
 def tiny(corpus, tmp_path):
     """Flags of a run that takes a second."""
-    flags = "--layers 4 --width 64 --heads 4 --seq 32 --batch 8 --steps 12 --stages 2-3-4 --threads 1"
+    flags = "--layers 4 --width 64 --heads 4 --seq 32 --batch 8 --steps 12 --stages 2-3-4 --threads 1 --device cpu"
     flags += " --eval_sequences 16 --eval_every 0 --save_every 0"
     return [*flags.split(), "--data", str(corpus), "--out", str(tmp_path / "run")]
 
@@ -60,7 +60,7 @@ def runs(corpus, tmp_path_factory):
         out = tmp_path_factory.mktemp(arch) / "run"
         flags = "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --lr 4e-3"
         flags += " --init_std 0.125 --dropout 0 --eval_sequences 32 --eval_every 0 --save_every 0 --threads 1"
-        flags += f" --arch {arch} --positions rotary"
+        flags += f" --arch {arch} --positions rotary --device cpu"
         assert train.start(options.parse([*flags.split(), "--data", str(corpus), "--out", str(out)])) == 0
         made[arch] = out
     return made

@@ -5,6 +5,8 @@ weights byte for byte. Bad flags are tried in test_train.py, bad text and bad co
 """
 
 import argparse
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -705,6 +707,15 @@ def test_flags_that_changed_are_logged(flags):
 
 
 # ---- folders
+
+
+def test_a_file_system_without_locks(flags, monkeypatch, capsys):
+    def none(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    go(flags)
+    assert "warning: no locks here" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(flags, tmp_path):

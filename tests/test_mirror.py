@@ -32,6 +32,19 @@ def test_what_is_not_installed_is_refused(monkeypatch, capsys):
     assert stopped.value.code == 2 and "pip install wandb" in capsys.readouterr().err
 
 
+def test_a_mirror_that_fails_ends_no_run(tiny, monkeypatch, capsys):
+    shown = []
+
+    def breaks(run, step, flags):
+        return lambda event, facts: shown.append(event) if len(shown) < 2 else [][event]
+
+    monkeypatch.setitem(mirror.KINDS, "tensorboard", breaks)
+    monkeypatch.setattr(mirror, "check", lambda names: None)
+    run = go(tiny, "--log_to", "tensorboard")
+    assert shown == ["run", "step"] and len(events(run, "step")) == 12
+    assert capsys.readouterr().err.count("training goes on without it") == 1
+
+
 def test_tensorboard_has_the_log_and_forgets_what_came_after_a_checkpoint(tiny, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

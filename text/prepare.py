@@ -302,7 +302,7 @@ def lock(folder):
             with contextlib.suppress(FileExistsError):  # exist_ok=True raises it too, if another renames it just then
                 folder.mkdir(parents=True)
             file = open(folder / "lock", "w")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            log.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
                 return file
         except FileNotFoundError:
