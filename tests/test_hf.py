@@ -112,7 +112,7 @@ def test_our_classifier_is_theirs(folder):
         layer.load_state_dict(fresh.state_dict())
     tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
     texts = [("yes yes yes", "so"), ("no.", "it is good. what is it so bad"), ("is it so " * 5, "it is")]
-    rows, states = [ours.row(*pair) for pair in texts], []
+    rows, states = [tuple(map(list, ours.row(*pair))) for pair in texts], []
     for pair, (tokens, types) in zip(texts, rows):
         expected = tokenizer(*pair, truncation="longest_first", max_length=16)
         assert tokens == expected["input_ids"] and types == expected["token_type_ids"]
