@@ -299,7 +299,7 @@ def test_a_run_that_never_began_is_not_finished(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["short", "long", "ul2", "width", "mixture_garcia", "mixture_ul2", "length-1200", "length-3600", "length-7200"]
-    + ["depth-3600", "plateau-as_is", "plateau-past", "choices-1200"],
+    + ["depth-3600", "plateau-as_is", "plateau-past", "plateau-short_plateau", "choices-1200"],
 )
 def test_committed_tables_come_from_committed_logs(name, tmp_path):
     """Logs of older versions too, with flags that no longer exist."""
