@@ -11,6 +11,7 @@ import torch
 
 import model as transformer
 from data import MODES, NO_TARGET, denoise
+from engine import ROOT
 from engine.runs import load_run
 from processes import script
 from studies import primitives
@@ -250,3 +251,12 @@ def test_what_cannot_work(what, tmp_path, comparison):
     shown = script("studies.primitives", *flags, cwd=tmp_path)
     assert shown.returncode == 2 and shown.stderr.count("\n") == 1, shown.stderr
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["primitives", "primitives-3600"])
+def test_the_committed_page_comes_from_the_committed_log(name, tmp_path, monkeypatch):
+    committed = ROOT / "results" / name
+    monkeypatch.setattr(primitives, "draw", lambda *_: None)
+    shutil.copytree(committed, tmp_path / name)
+    primitives.write_results(tmp_path / name)
+    assert (tmp_path / name / "table.md").read_text() == (committed / "table.md").read_text()
