@@ -164,7 +164,7 @@ def extra_tokens(seq):
 #
 # and as p = s + (m - s) / n, where s / n = rate / span: s = p - rate (1 - 1 / span) on average. What is not whole is
 # rounded at random, so that its mean is right; but less than one span becomes one. In a row of 64 tokens a span of 64
-# is one of 9 tokens (x64: then it is r8 with another mode), or of 30 (x64half, x32).
+# is one of 9 tokens (x64, which is then nearly r8 with another mode), or of 30 (x64half, x32).
 #
 # Where uniformity holds: exactly in the mean over a row, and at its first and last token. In between a cut row, whose
 # circle is two tokens smaller, leaves a rest: tenths of the text differ from the rate by 0.002 at T = 512; at T = 128

@@ -348,11 +348,8 @@ def files_of(task, data, shots):
 
 
 def evaluate(args):
-    asked_for = MAIN if args.finetune else TASKS
-    there = [task for task in asked_for if superglue.split_file(args.data, task, "val")]
-    tasks = there if args.tasks == "all" else args.tasks.split(",")
-    if not there:
-        raise UserError(f"--data {args.data}: holds no task, such as BoolQ/val.jsonl")
+    there = superglue.tasks_in(args.data, MAIN if args.finetune else TASKS)
+    tasks = [*there] if args.tasks == "all" else args.tasks.split(",")
     for task in tasks:
         if task not in there:
             raise UserError(f"--tasks: {task!r} is not one of {', '.join(there)}")

@@ -92,6 +92,7 @@ def costs(args):
         gathered = size * P + 4 * (P if accumulates else block)
     else:
         gathered = size * (P - (config.layers - 2) * block) + 4 * block
+    gathered *= args.fsdp
     in_flight = 0 if args.fsdp or W == 1 else 2 * parallel.BUCKET  # gradients on their way to other ranks
     fixed = {"weights": 4 * P / share, "gradients": 4 * P / share, "moments": 8 * P / share}
     # Gradients add up in place. One process keeps the first half of the batch apart: one set more.
@@ -101,8 +102,8 @@ def costs(args):
     recomputed = args.recompute * (price(mean) - price(0)) / 3  # the forward pass of the layers, once more
     flops, tokens = args.steps * price(mean), args.steps * args.batch * args.seq
     return {
-        "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered * args.fsdp,
-        "memory": total + gathered * args.fsdp, "flops_per_step": price(mean), "flops": flops,
+        "parameters": P, **fixed, "activations": activations, "logits": logits, "gathered": gathered,
+        "memory": total + gathered, "flops_per_step": price(mean), "flops": flops,
         "relative_flops_layers": args.layers / mean, "relative_flops_step": price() / price(mean),
         "tokens": tokens, "corpus": tokens * np.dtype(prepare.token_dtype(args.vocab)).itemsize, "checkpoint": 12 * P,
         "checkpoints": args.keep + 1 + ((args.steps - 1) // args.keep_every if args.keep_every else 0),

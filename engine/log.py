@@ -16,7 +16,7 @@ from engine.errors import UserError, guard
 
 
 def read_jsonl(path):
-    """The objects of a JSONL file, in order. Leaves out lines that are none, as one that was cut off in writing."""
+    """The objects of a JSONL file, in order. Leaves out other lines, such as one that was cut off in writing."""
     values = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):

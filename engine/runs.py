@@ -92,8 +92,8 @@ class Run:
         return begun, ended
 
     def record(self, event, **facts):
-        """Write one event to the log, and to its mirrors. Training goes on if the disk is full: events wait in memory,
-        up to a few; more are lost."""
+        """Write one event to the log, and to its mirrors. If one of these fails, training goes on: the log may lack
+        events, a mirror is left out."""
         try:
             self.log.write(json.dumps({"event": event, **facts}) + "\n")
             self.log.flush()

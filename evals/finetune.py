@@ -79,7 +79,7 @@ def batches(lengths, size, generator=None):
 
 
 def padded(rows, fill, device):
-    """Tensor (rows, longest) of rows of token ids, filled up at their ends."""
+    """Tensor (rows, longest) of sequences of token ids, filled up at their ends."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
 

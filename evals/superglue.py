@@ -64,6 +64,14 @@ def split_file(data, task, split):
     return path if path.exists() else None
 
 
+def tasks_in(data, tasks):
+    """{task: its validation file} of those of `tasks` that are in a folder. Raises UserError if none is."""
+    files = {task: path for task in tasks if (path := split_file(data, task, "val"))}
+    if not files:
+        raise UserError(f"--data {data}: holds no task, such as BoolQ/val.jsonl")
+    return files
+
+
 def read_lines(path):
     """(line number, object) for each line of a JSONL file, a Path or zipfile.Path. Raises UserError, naming the line,
     where there is no JSON object."""
@@ -258,10 +266,7 @@ def score(place, data):
 def baseline(data, out):
     """Write submission files with one label everywhere: the most frequent of train.jsonl (of the validation set where
     there is no train.jsonl); in ReCoRD the first entity. Raises UserError if there is no task in `data`."""
-    files = {task: path for task in TASKS if (path := split_file(data, task, "val"))}
-    if not files:
-        raise UserError(f"--data {data}: holds no task, such as BoolQ/val.jsonl")
-    for task, path in files.items():
+    for task, path in tasks_in(data, TASKS).items():
         examples = read_task(task, path)
         if task == "ReCoRD":
             predictions = {e.key: (e.fields["entities"] or [""])[0] for e in examples}
