@@ -73,7 +73,7 @@ class MaskedLM:
         return masked_per_window(self.seq)
 
     def head_positions(self, batch):
-        """The same, of one batch."""
+        """On how many positions of a row of this batch the head runs."""
         return batch[1].shape[1]
 
     def batch(self, seed, step, size):
@@ -166,9 +166,10 @@ def extra_tokens(seq):
 # rounded at random, so that its mean is right; but less than one span becomes one. In a row of 64 tokens a span of 64
 # is one of 9 tokens (x64, which is then nearly r8 with another mode), or of 30 (x64half, x32).
 #
-# Where uniformity holds: exactly in the mean over a row, and at its first and last token. In between a cut row, whose
-# circle is two tokens smaller, leaves a rest: tenths of the text differ from the rate by 0.002 at T = 512; at T = 128
-# by 0.001 for spans of 3 and 8, 0.013 for 64; at T = 32 by 0.008 for 3 and 0.037 for 64, which is then one span.
+# How uniform it is. The share of tokens in spans equals `rate` exactly in the mean over a row, and at its first and
+# last token. In between it does not quite, because a row cut inside a span has a circle two tokens smaller. With the
+# text in ten parts, a part's share differs from `rate` by 0.002 at T = 512; at T = 128 by 0.001 for spans of 3 and 8,
+# 0.013 for 64; at T = 32 by 0.008 for 3 and 0.037 for 64, which is then one span.
 
 
 def random_parts(total, count, generator):
@@ -288,7 +289,7 @@ class Denoising:
         return sum(share * (rows[d] != NO_TARGET).sum() / 256 for d, share in self.weights.items())
 
     def head_positions(self, batch):
-        """The same, of one batch."""
+        """On how many positions of a row of this batch the head runs."""
         return (batch[2] != NO_TARGET).sum() / len(batch[2])
 
     def rows(self, windows, generator):

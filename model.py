@@ -274,9 +274,9 @@ class Stack(nn.Module):
     def encode(self, tokens, subnetwork=None, mask=None, past=None, types=None):
         """Hidden states (B, T, C) of token ids (B, T), run over the layers of `subnetwork` (None: all of them).
 
-        mask: bool (B or 1, 1, T, T), whom each token may see, or a BlockMask; None: all. past: {}, which the call
-        fills with keys and values by layer, or that of the call before, whose tokens then come before these. types
-        (B, T): token types, of a model that knows such; None: all 0.
+        mask: which tokens each may attend to, bool (B or 1, 1, T, T) or a BlockMask; None: all.
+        past: cache {layer: keys and values} of earlier tokens, which this call extends; {} starts one; None: no cache.
+        types: token types (B, T), for a model with `config.types`; None: all 0.
         """
         T = tokens.shape[1]
         start = next(iter(past.values()))["k"].shape[2] if past else 0
@@ -383,7 +383,7 @@ class UL2(Stack):
         """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T), and
         perhaps the positions (N,) of the targets among B T. The head runs only where there is a target."""
         tokens, prefix, targets, *positions = batch
-        positions = positions[0] if positions else (targets.flatten() != -100).nonzero()[:, 0]  # a GPU would wait here
+        positions = positions[0] if positions else (targets.flatten() != -100).nonzero()[:, 0]  # the host waits
         states = self.states(tokens, prefix, subnetwork).flatten(0, 1)
         return self.cross_entropy(states[positions], targets.flatten()[positions])
 

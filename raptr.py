@@ -34,7 +34,7 @@ class Subnetwork:
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
 
-    # Two methods train less than all of a kept layer. Their subclasses have these as fields:
+    # Two methods train only part of what they run. Their subclasses have these as fields:
     frozen = 0  # stacking.py, MSLT: how many of the lowest kept layers run without being trained
     width = None  # methods/width.py: which heads and neurons train; not the hidden size
 
@@ -66,7 +66,7 @@ def stage_plan(lengths, steps, layers, alpha=0.0, full_warmup=0):
 
     lengths: mean number of layers per stage, ascending to `layers`. 6-8-10-12 is [6, 8, 10, 12].
     alpha: stage s of S lasts a share of the steps proportional to s^alpha. The paper uses 0 (Equal) and 1
-    (Proportional).
+        (Proportional).
     full_warmup: steps that train the full model before the first stage. They count as steps of the run; the paper does
         not say whether they do.
     Raises ValueError if the plan falls, does not end at `layers`, or leaves a stage without a step.
@@ -222,7 +222,7 @@ class RaPTr(Staged):
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
 
     def path(self, k, name):
-        """The path of (mean) length k that belongs to a name. Python hashes a string seed the same way everywhere."""
+        """Draw a path of (mean) length k. name: seed, a string, from which Python draws the same on every machine."""
         if k == self.layers:  # the last stage trains the full model
             return None
         kept = draw_layers(random.Random(name), k, self.layers, self.pinned, self.sampling)
@@ -319,7 +319,7 @@ def demo():
     )
     parser.add_argument("--stages", default="6-8-10-12", help="layers per stage [6-8-10-12]")
     parser.add_argument("--layers", type=int, default=12, help="layers of the network [12]")
-    parser.add_argument("--alpha", type=float, default=0.0, help="0: stages of equal length, 1: proportional [0]")
+    parser.add_argument("--alpha", type=float, default=0.0, help="0: stages of equal duration, 1: proportional [0]")
     parser.add_argument("--full_warmup", type=int, default=0, help="steps of the full model first [0]")
     parser.add_argument("--steps", type=int, default=800, help="steps of the run [800]")
     parser.add_argument("--seed", type=int, default=0, help="of the paths [0]")

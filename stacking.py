@@ -71,8 +71,8 @@ def grow(tensors, sources):
 
 @dataclass(frozen=True)
 class PartlyFrozen(Subnetwork):
-    """A Subnetwork whose lowest `frozen` layers run without being trained, nor is the embedding look-up below them. The
-    token embedding still learns as the head's matrix, if it is tied to it."""
+    """A Subnetwork whose lowest `frozen` layers run without being trained. The token embeddings get no gradient through
+    them either; where they are tied to the head's matrix, they still learn as that."""
 
     frozen: int = 0
 

@@ -126,8 +126,8 @@ def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autoca
     """Leave in `.grad` the gradients of the batch, summed over its micro-batches and over all ranks. Those of skipped
     layers are None. Returns this rank's contribution to the mean loss over all targets.
 
-    One process adds up the first and the second half of the batch apart, then both: two processes, of which each has
-    one half, get the same bits. This takes one more set of gradients at most; otherwise micro-batches add up in place.
+    One process accumulates the gradients of each half of the batch separately and then adds the two, so that two
+    processes, with half a batch each, get the same bits. That takes at most one more set of gradients.
     """
     parameters, targets = list(model.parameters()), int((batch[2] != data.NO_TARGET).sum())
     count = len(batch[0]) // micro_batch // ranks.size  # micro-batches of this rank
@@ -300,7 +300,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     step, full_loss = run.step, math.inf
     if step and (args.stop_below or step == args.steps) and is_evaluated(args, method, step):
         full_loss = held_out_loss(None)
-    last = step == args.steps or full_loss <= enough  # it was killed after its last checkpoint, and has only to say so
+    last = step == args.steps or full_loss <= enough  # a resumed run may be complete and lack only its "done" event
     if not last:
         ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
     while not last:
@@ -314,7 +314,7 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
             bar.close()
             raise Stopped(f"stopped by {signals.name()} after step {step - 1}; the same command continues")
 
-        # 2. Stacking only: a network of another depth, whose layers and moments are copies of those before.
+        # 2. Methods that grow only: a network of another depth, made of copied layers (and moments, by --moments).
         depth = len(model.blocks)
         if method.depth(step) != depth:
             before, began = held_out_loss(None), time.perf_counter()

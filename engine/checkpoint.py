@@ -154,12 +154,12 @@ def save(run, step, tensors, meta):
 
 
 def prune(run, step, keep=2, keep_every=0):
-    """Read the checkpoint of `step` back, and only if it is good delete older ones: all but the newest `keep` and
-    those of every `keep_every`-th step (0: none). Prints a warning if it is not good."""
+    """Delete older checkpoints, all but the newest `keep` and those of every `keep_every`-th step (0: none). Before
+    that, read the checkpoint of `step` back: if it is damaged, print a warning and delete nothing."""
     try:
         verify(Path(run, f"step_{step:08d}"))
     except UserError as error:
-        print(f"warning: the checkpoint of step {step} was written, and reads back otherwise: {error}", file=sys.stderr)
+        print(f"warning: the checkpoint of step {step} is damaged, older ones are kept: {error}", file=sys.stderr)
         return
     for old in folders(run)[:-keep]:
         if not keep_every or step_of(old) % keep_every:

@@ -53,7 +53,7 @@ def check(names):
     """Raise UserError unless each of "tensorboard,wandb" is one of these, and installed."""
     for name in names.split(",") if names else []:
         if name not in KINDS:
-            raise UserError(f"--log_to {name}: must be of {', '.join(KINDS)}")
+            raise UserError(f"--log_to {name}: must be one of {', '.join(KINDS)}")
         if not importlib.util.find_spec(name):
             raise UserError(f"--log_to {name}: pip install {name}")
 

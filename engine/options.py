@@ -157,7 +157,7 @@ def method_flags(add):
     add.flag("method", str, "raptr", "training method", choices=[*methods.METHODS])
     text = "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12"
     add.flag("stages", str, "auto", f"{text} (progressive)")
-    add.flag("alpha", exponent, 0.0, "length of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
+    add.flag("alpha", exponent, 0.0, "duration of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
     add.flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
     add.flag(
         "mean_depth",
@@ -172,7 +172,7 @@ def method_flags(add):
 def raptr_flags(add):
     text = "what a step leaves out: layers; heads and hidden neurons of every layer; some of both"
     add.flag("part", str, "depth", text, choices=["depth", "width", "both"])
-    add.flag("fixed", str, "first,last", "layers that are always kept: numbers from 0, first, last, or none")
+    add.flag("fixed", str, "first,last", "pinned layers, kept at every step: numbers from 0, first, last, or none")
     add.flag("sampling", str, "exact", "layers in a step: exactly k, or k on average", choices=["exact", "bernoulli"])
     choices = ["none", "gap", "uniform", "inverse"]
     add.flag("scaling", str, "none", "scaling of the kept layers' updates", choices=choices)
@@ -203,7 +203,7 @@ def model_flags(add):
     add.flag("types", natural, 0, "token types; the original BERT has 2")
     add.flag("norm_eps", positive, 1e-5, "added to the variance in norms")
     add.flag("loss_chunk", natural, 0, "compute logits for this many targets at a time; 0: all at once")
-    add.flag("denoisers", str, "r3,r8,s,x3,x8,x64,x64half", "UL2's denoisers, with weights: r3,s:2")
+    add.flag("denoisers", str, "r3,r8,s,x3,x8,x64,x64half", "UL2's: ul2, garcia, or names with weights, as r3,s:2")
     add.flag("init_std", positive, 0.02, "standard deviation of initial weights")
 
 

@@ -224,10 +224,10 @@ class Ranks:
             block.reshard()
 
     def close(self):
-        """Leave the process group, and end its threads: one that still holds a tensor when Python ends aborts the
-        process. They end with the last reference to the group. So torch.distributed.nn, which AdamW loads and whose
-        default arguments refer to the group, is loaded before it is made; the mesh, which caches refer to, forgets it;
-        and a sharded model, which refers to it in circles, is collected."""
+        """Leave the process group and end its threads. A thread that still holds a tensor when Python exits aborts the
+        process, and the threads end only with the last reference to the group. Three things would keep one: default
+        arguments in torch.distributed.nn, which AdamW loads (so it is imported before the group is made); the mesh, in
+        torch's caches (so its registry is cleared); a sharded model, in reference cycles (so it is collected)."""
         if self.size > 1:
             getattr(self.mesh, "_pg_registry", {}).clear()
             dist.destroy_process_group()

@@ -77,8 +77,8 @@ class Run:
         self.newest = None  # memory
 
     def open_log(self):
-        """Open log.jsonl for appending. Drops what it holds of steps after the checkpoint: they come again. Returns
-        whether it says how the run began (it may have been lost), and whether the run has ended already."""
+        """Open log.jsonl for appending, without the events after the checkpoint, whose steps will run again. Returns
+        (whether the log has its "run" event, which may have been lost; whether the run has ended)."""
         events, path = [], self.folder / "log.jsonl"
         if self.ranks.first:
             if self.step:
@@ -194,7 +194,7 @@ def initial_weights(args, config, depth, tokenizer_sha256):
     if meta.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
         raise UserError(f"--init {args.init}: was trained with another tokenizer than that of --data")
     if args.init_moments and "optimizer" not in tensors:
-        raise UserError(f"--init_moments: {args.init} has none")
+        raise UserError(f"--init_moments: the checkpoint in {args.init} has no moments")
     with torch.device("meta"):
         model = transformer.make(config)
     model.blocks = model.blocks[:depth]

@@ -1,1 +1,1 @@
-"""What the two evaluations are made of: files and rules of the benchmarks, metrics, fine-tuning."""
+"""Question answering, the harness, and what they share with eval_superglue.py: files, rules, metrics, fine-tuning."""

@@ -259,7 +259,7 @@ def main():
     what.add_argument("--finetune", metavar="RUN", help="train the BERT of a run folder to mark answers")
     parser.add_argument("--train", default="", help="file of the same layout: examples to show, or to learn from")
     parser.add_argument("--limit", type=natural, default=0, help="so many questions of --data, always the same; 0: all")
-    parser.add_argument("--seeds", type=count, default=1, help="how many [1]")
+    parser.add_argument("--seeds", type=count, default=1, help="number of seeds [1]")
     batch = "questions, or windows, at a time; 0: 16 with --shots, 48 with --finetune"
     parser.add_argument("--batch", type=natural, default=0, help=batch)
     parser.add_argument("--tokens", type=count, default=16, help="--shots: tokens of an answer at most [16]")

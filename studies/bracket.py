@@ -350,7 +350,7 @@ def show(out):
 def main():
     parser = options.command("studies.bracket", __doc__)
     two_up = options.number(int, "a whole number from 2 to 100", lambda x: 2 <= x <= 100)
-    parser.add_argument("--seeds", type=two_up, default=3, help="how many [3]")
+    parser.add_argument("--seeds", type=two_up, default=3, help="number of seeds [3]")
     twenty_up = options.number(int, "a whole number, 20 or above", lambda x: x >= 20)
     parser.add_argument("--steps", type=twenty_up, default=300, help="of a parent; half as many follow a growth")
     parser.add_argument("--data", default="", help="as of train.py")

@@ -5,7 +5,7 @@
     python -m studies.choices --rebuild                                                   table and figure from the logs
 
 The setting is the shortest of studies/length.py, with its learning rates: UL2 12 x 128, 1200 steps. The default is its
-RaPTr, with stages 6-8-10-12 of equal length, which takes 3/4 of the layer FLOPs. Every choice is also compared with
+RaPTr, with stages 6-8-10-12 of equal duration, which takes 3/4 of the layer FLOPs. Every choice is also compared with
 full training of as many layer FLOPs as its own, on fewer steps.
 
     gap, uniform, inverse   scaling of the kept layers

@@ -247,7 +247,7 @@ def study_parser(module, doc):
     add = parser.add_argument
     name = module.split(".")[-1]
     add("--name", default=name, help=f"its folders begin with it; another one for another text or flags [{name}]")
-    add("--seeds", type=options.count, default=3, help="how many [3]")
+    add("--seeds", type=options.count, default=3, help="number of seeds [3]")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     add("--rebuild", action="store_true", help="table and figure from the logs; nothing is run")
     return parser
@@ -270,11 +270,11 @@ def parser():
     add("--config", default="configs/bert_toy.toml", help="preset of train.py [configs/bert_toy.toml]")
     default = "full,full_flops,raptr,stacking"
     add("--methods", type=options.several(ARMS), default=default, help=f"of {', '.join(ARMS)}; or all [{default}]")
-    add("--seeds", type=options.count, default=3, help="how many [3]")
+    add("--seeds", type=options.count, default=3, help="number of seeds [3]")
     add("--first_seed", type=options.natural, default=0, help="the first of the seeds [0]")
     add("--budget", type=numbers(above_1), default="1.333", help="relative layer FLOPs, one or several [1.333]")
-    add("--lr", type=numbers(options.positive), default=[], help="of several, each arm gets its best, on other seeds")
-    add("--tuning_seeds", type=options.count, default=1, help="how many seeds choose a learning rate [1]")
+    add("--lr", type=numbers(options.positive), default=[], help="one rate, or several: each arm gets its best")
+    add("--tuning_seeds", type=options.count, default=1, help="number of seeds that choose a learning rate [1]")
     add("--name", default="compare", help="folder under results/ and out/compare/ [compare]")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     add("--plan", action="store_true", help="print the schedules and stop")

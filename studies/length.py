@@ -159,7 +159,7 @@ def parser():
 def main(argv=None):
     args, more, made = compare.parse_study(parser(), argv, OWN)
     if unknown := set(args.lengths) - set(LENGTHS):
-        raise UserError(f"--lengths {min(unknown)}: of {', '.join(map(str, LENGTHS))}")
+        raise UserError(f"--lengths {min(unknown)}: must be one of {', '.join(map(str, LENGTHS))}")
     if not args.rebuild:
         for steps in args.lengths:
             arms = [arm for arm in LENGTHS[steps] if arm in (args.methods or LENGTHS[steps])]

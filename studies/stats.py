@@ -1,6 +1,6 @@
 """What the studies share: intervals, differences paired by seed, exponents, the runs of a results folder, tables.
 
-Not here: what is measured (compare.py, stability.py, polynomials.py). No torch.
+Not here: what is measured (the studies). No torch.
 A run is one line of results/NAME/runs.jsonl: {"arm": its method, "seed": ..., and what was measured}.
 """
 

@@ -15,7 +15,7 @@ from raptr import RaPTr, stage_plan
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 pytest.importorskip("accelerate", reason="accelerate, which the Trainer needs, is not installed")
 
-SECTION = (ROOT / "README.md").read_text().split("## In the trainer you have")[1].split("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text().split("## With the Trainer of transformers")[1].split("\n## ")[0]
 CALLBACK, USE = (block.split("```")[0] for block in SECTION.split("```python\n")[1:])
 exec(CALLBACK, README := {})
 

@@ -10,7 +10,7 @@ with the text; it grows with the tokenizer's sample, which has about 4,000 chara
 
 The default corpus is this machine's own manual: the docstrings and help topics of the running Python and the installed
 torch, so that nothing has to be downloaded. It differs between versions; its fingerprint is logged.
-Not here: how text is read (text/documents.py), how a prepared corpus is (text/corpus.py), batches (data.py).
+Not here: reading text (text/documents.py), opening a prepared corpus (text/corpus.py), batches (data.py).
 
 Source: sentencepiece BPE with byte fallback (Kudo & Richardson, arXiv 1808.06226): any text survives.
 """

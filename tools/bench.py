@@ -172,7 +172,7 @@ def bench_preset(name, args, report):
     facts = {"tokens_per_second": tokens / seconds, "flops_per_second": rate, "of_product": rate / possible}
     facts |= {"mfu": rate / peak} if peak else {}
     print(f"  {name}: {L} x {flags.width}, {flags.batch} x {flags.seq} tokens a step", end=", ")
-    print(f"{flags.micro_batch} rows at a time{', compiled' if flags.compile else ''}")
+    print(f"{flags.micro_batch} sequences at a time{', compiled' if flags.compile else ''}")
     print(f"    {tokens / seconds:,.0f} tokens/s, {rate / 1e12:.3g} TFLOP/s, MFU", end=" ")
     print(f"{rate / peak:.1%} of {peak / 1e12:g}" if peak else "n/a", end="")
     print(f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if args.device == "cuda" else "")

@@ -212,7 +212,7 @@ def main():
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
     if folder.exists():
-        raise UserError(f"--folder {folder}: is there already")
+        raise UserError(f"--folder {folder} exists already")
     folder.mkdir(parents=True)
     print(f"\n  {os.cpu_count()} cores, torch {torch.__version__}\n")
     try:

@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     args = parser.parse_args()
     if Path(args.out).exists():
-        raise UserError(f"--out {args.out}: is there already")
+        raise UserError(f"--out {args.out} exists already")
     if args.direction == "import":
         to_run(args.folder, Path(args.out))
         print(f"{args.out}: imported; next: python eval_superglue.py --finetune {args.out} --data SuperGLUE/")

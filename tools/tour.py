@@ -164,7 +164,7 @@ class Run:
         return train.evaluate(self.model, self.held_out, subnetworks or [None], self.args.batch, AUTOCAST, RANKS)
 
     def loss_of_stage(self, step):
-        """The same of what trains at a step: some paths of that length, or all layers of a stack."""
+        """Held-out loss, in nats, of what trains at a step: some paths of that length, or all layers of a stack."""
         return self.loss(*self.method.examples().get(f"{self.method.expected_layers(step):g}", []))
 
     def step(self, step, batch):
