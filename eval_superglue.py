@@ -13,9 +13,10 @@ OUT/test/ and OUT/submission.zip of the test sets, where they are there. AX-b an
 on RTE; they are test sets whose labels are public, so they are in both.
 Not here: the tasks' files and rules (evals/superglue.py), the steps of a fine-tuning (evals/finetune.py).
 
-Sources: inputs of BERT as in the benchmark's baselines (arXiv 1905.00537), of UL2 as in T5 (arXiv 1910.10683, appendix
-D, and its code); few-shot prompts as in EleutherAI's evaluation harness, choices ranked by summed log-likelihood. A
-comment says where ours differ.
+Sources: inputs of BERT are pairs after the benchmark's baselines (arXiv 1905.00537), all read from [CLS]: theirs also
+read the marked words of WiC and WSC, ask BoolQ before the passage and COPA in other words, and judge each candidate of
+ReCoRD alone. Inputs of UL2 as in T5 (arXiv 1910.10683, appendix D, and its code); few-shot prompts as in EleutherAI's
+evaluation harness, choices ranked by summed log-likelihood. A comment says where these differ.
 """
 
 import copy
@@ -43,7 +44,7 @@ from evals.finetune import batches, median_run, open_run, padded, run_seeds, set
 from evals.superglue import DIAGNOSTICS, MAIN, TASKS
 
 EPOCHS = {"CB": 10, "COPA": 10, "WSC": 10, "RTE": 5, "WiC": 5, "BoolQ": 4, "MultiRC": 2, "ReCoRD": 2}
-WORDING = 2  # version of what models read, below: scores with another one are not continued
+WORDING = 3  # version of what models read and learn, below: scores with another one are not continued
 
 # ----------------------------------------------------------------------------------------------------------------
 # What a model reads: f are the fields of an example
@@ -242,9 +243,9 @@ class Classifier(Answering):
         return self.head(F.dropout(torch.tanh(self.pool(state)), self.dropout, self.training)).float()
 
     def loss(self, ready):
-        each = [F.cross_entropy(scores[None], torch.tensor([example.right[0]], device=scores.device))
-                for scores, example in zip(self.scores(ready), ready)]  # fmt: skip
-        return torch.stack(each).mean()
+        """Cross-entropy; the probabilities of several right answers (ReCoRD) add up."""
+        each = zip(self.scores(ready), ready)
+        return torch.stack([s.logsumexp(0) - s[example.right].logsumexp(0) for s, example in each]).mean()
 
 
 class Ranker(Answering):
@@ -293,7 +294,8 @@ class Ranker(Answering):
         return torch.zeros(len(rows), device=device).index_add(0, written.nonzero()[:, 0], each)
 
     def loss(self, ready):
-        return -self([example.rows[example.right[0]] for example in ready]).mean()
+        """Of every right answer, as T5 has it."""
+        return -self([example.rows[i] for example in ready for i in example.right]).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------

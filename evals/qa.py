@@ -19,9 +19,10 @@ difference of 0, which is not tuned. The scores of every epoch are kept; those a
 Not here: the tasks' files and rules (evals/qa_files.py), the windows and the head (evals/spans.py).
 
 Sources: BERT on SQuAD (arXiv 1810.04805, section 4.3; its settings: two epochs, 5e-5, 48 at a time); SQuAD v2 (arXiv
-1806.03822). All tasks are asked as EleutherAI's evaluation harness asks WebQuestions, with SQuAD's "unanswerable"
-where there is no answer; the harness itself asks NQ-open with "Q:" and "A:" and SQuAD with its title, adds a question
-mark in TriviaQA, and stops at commas and periods too.
+1806.03822). All tasks are asked as EleutherAI's evaluation harness asks WebQuestions, with SQuAD's "unanswerable" where
+there is no answer; the harness itself asks NQ-open with "Q:" and "A:" below a line of instruction, and SQuAD with its
+title, adds a question mark in TriviaQA and NQ-open, ranks given answers in WebQuestions, and stops at commas and
+periods too.
 """
 
 import copy

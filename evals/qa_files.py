@@ -1,7 +1,8 @@
 """Files and scores of question answering: SQuAD v2, TyDi QA GoldP, NQ-open, WebQuestions, TriviaQA, by their own rules.
 
 Predictions are one JSON object, {question id: answer}; "" answers that there is no answer. NQ-open has no ids: there
-the question itself is the id, and JSONL lines {"question": .., "prediction": ..} are taken too.
+the question itself is the id, and JSONL lines {"question": .., "prediction": ..} are taken too. A file of TyDi QA is
+scored as one; the benchmark's figure is the mean over its languages but English, so give a language at a time.
 Not here: the metrics themselves (evals/metrics.py), a model that answers (evals/qa.py).
 
 Sources: SQuAD v2 (arXiv 1806.03822), TyDi QA (arXiv 2003.05002), Natural Questions and its open form (arXiv

@@ -14,7 +14,8 @@ residual *and* normalised, y <- y + W norm(y), and stays of order 1 where either
 Tables, figures and numbers (JSON) are in results/stability/. Not here: how a model is trained (train.py).
 
 Source: RaPTr (Panigrahi et al., arXiv 2402.05913), its theory of stage changes. Its constants are not known to us, so
-exponents are compared. The fit on BERT that it reports (about L^-0.88) is of a trained model's losses, not of this.
+exponents are compared. It also fits a trained BERT, about L^-0.88 as a public review quotes it; that is not repeated
+here.
 Legend: L layers, C width, n inputs or targets.
 """
 

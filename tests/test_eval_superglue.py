@@ -103,6 +103,26 @@ def test_a_likelihood_is_the_sum_over_the_answer(runs):
             assert value.item() == pytest.approx(total, abs=1e-3)
 
 
+def test_every_right_answer_of_a_query_is_learned(runs):
+    """A BERT: their probabilities add up, and none of their scores is pushed down. A UL2: each is an example."""
+    example = examples("ReCoRD")[0]._replace(gold=["Ann", "Bob Ray"])
+    example.fields["entities"] = ["Ann", "it", "Bob Ray"]
+    own = classifier(runs["bert"], "ReCoRD").eval()
+    ready = own.prepare([example])
+    assert ready[0].right == [0, 2]
+    scores = own.scores(ready)[0].detach().requires_grad_()
+    own.scores = lambda ready: [scores]
+    loss = own.loss(ready)
+    loss.backward()
+    chances = scores.detach().softmax(0)
+    assert loss.item() == pytest.approx(-math.log(chances[0] + chances[2]), abs=1e-5)
+    assert scores.grad[0] < 0 and scores.grad[2] < 0 and scores.grad[1] > 0
+    own = ranker(runs["ul2"], "ReCoRD").eval()
+    ready = own.prepare([example])
+    with torch.no_grad():
+        assert own.loss(ready).item() == pytest.approx(-own.scores(ready)[0][ready[0].right].mean().item(), abs=1e-4)
+
+
 def test_padding_does_not_change_an_answer(runs):
     own = classifier(runs["bert"], "RTE").eval()
     rows = [own.row("one two", "three"), own.row("a longer text of many words here", "and more of it")]
