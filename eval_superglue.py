@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import MODES
@@ -178,7 +179,10 @@ class Answering(torch.nn.Module):
 
     def scores(self, ready):
         """For each prepared example the scores of its answers, as a list of tensors."""
-        return self([row for e in ready for row in e.rows]).flatten().split([len(e.answers) for e in ready])
+        rows = [row for e in ready for row in e.rows]
+        size = len(rows) if torch.is_grad_enabled() else 128  # a query of ReCoRD can have a hundred
+        parts = [self(rows[at : at + size]).flatten() for at in range(0, len(rows), size)]
+        return torch.cat(parts).split([len(e.answers) for e in ready])
 
     @torch.no_grad()
     def answer(self, examples, ready, size, autocast):
@@ -209,6 +213,7 @@ class Classifier(Answering):
             torch.nn.init.zeros_(layer.bias)
         if encoder.pooler:
             self.pool.load_state_dict(encoder.pooler)
+        encoder.recompute = task == "ReCoRD"  # all candidates of a batch are read in one pass, some 200 rows
 
     def read(self, example, number):
         answers = example.fields["entities"] if self.task == "ReCoRD" else TASKS[self.task].labels
@@ -237,15 +242,18 @@ class Classifier(Answering):
         """Logits (rows, outputs)."""
         device = self.head.weight.device
         tokens, types = padded([r[0] for r in rows], self.pad, device), padded([r[1] for r in rows], 0, device)
-        inside = torch.arange(tokens.shape[1], device=device) < torch.tensor([[len(r[0])] for r in rows], device=device)
-        mask = None if inside.all() else inside[:, None, None]
+        lengths, mask = torch.tensor([len(row) for row, _ in rows]), None
+        if lengths.min() < lengths.max():
+            mask = (torch.arange(tokens.shape[1]) < lengths[:, None])[:, None, None].to(device)
         state = self.encoder.encode(tokens, mask=mask, types=types)[:, 0]
         return self.head(F.dropout(torch.tanh(self.pool(state)), self.dropout, self.training)).float()
 
     def loss(self, ready):
         """Cross-entropy; the probabilities of several right answers (ReCoRD) add up."""
-        each = zip(self.scores(ready), ready)
-        return torch.stack([s.logsumexp(0) - s[example.right].logsumexp(0) for s, example in each]).mean()
+        scores = pad_sequence(self.scores(ready), batch_first=True, padding_value=-torch.inf)  # (examples, answers)
+        right = [torch.tensor([i in e.right for i in range(len(e.answers))]) for e in ready]
+        right = pad_sequence(right, batch_first=True).to(scores.device)
+        return (scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1)).mean()
 
 
 class Ranker(Answering):

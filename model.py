@@ -112,7 +112,8 @@ def compiled_flex():
 
 def attend(q, k, v, mask, dropout):  # (B, H, T, C/H) each
     if isinstance(mask, BlockMask):  # skips what the mask hides
-        return (compiled_flex() if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
+        alone = q.is_cuda and not torch.compiler.is_compiling()  # a compiled block compiles it along
+        return (compiled_flex() if alone else flex_attention)(q, k, v, block_mask=mask)
     if explicit(q):
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T, T)
         if mask is not None:
@@ -286,7 +287,7 @@ class Stack(nn.Module):
         if self.types is not None:
             x = x + self.types(torch.zeros_like(tokens) if types is None else types)
         # The residual stream is float32, also where FSDP2 gathers weights in bfloat16.
-        x = F.dropout(self.embedding_norm(x).float(), self.dropout, self.training)
+        x = F.dropout(self.embedding_norm(x.float()), self.dropout, self.training)
         rotation = None
         if self.config.positions == "rotary":
             rotation = [table[start : start + T].repeat(1, 2 * self.config.heads) for table in (self.cos, self.sin)]

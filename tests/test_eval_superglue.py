@@ -123,6 +123,18 @@ def test_every_right_answer_of_a_query_is_learned(runs):
         assert own.loss(ready).item() == pytest.approx(-own.scores(ready)[0][ready[0].right].mean().item(), abs=1e-4)
 
 
+def test_a_query_with_many_candidates_is_answered_in_parts(runs):
+    example = examples("ReCoRD")[0]
+    example.fields["entities"] = [f"{i} {'words ' * (i % 7)}" for i in range(300)]
+    own = classifier(runs["bert"], "ReCoRD").eval()
+    ready, sizes = own.prepare([example]), []
+    whole = own.scores(ready)[0].detach()
+    own.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(own.scores(ready)[0], whole, rtol=1e-4, atol=1e-4)
+    assert sizes == [128, 128, 44]
+
+
 def test_padding_does_not_change_an_answer(runs):
     own = classifier(runs["bert"], "RTE").eval()
     rows = [own.row("one two", "three"), own.row("a longer text of many words here", "and more of it")]

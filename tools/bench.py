@@ -22,6 +22,7 @@ Not here: how much memory and time a run will need (train.py --dry_run).
 """
 
 import argparse
+import gc
 import importlib.util
 import itertools
 import json
@@ -155,6 +156,7 @@ def peak_of(args):
 
 def bench_preset(name, args, report):
     """Time full steps, steps on paths and a matrix product; then a short schedule, every step beside a full one."""
+    gc.collect()  # of the preset before: --compile holds its network in cycles
     preset = [f"--config=configs/{name}.toml", f"--device={args.device}", "--lr=1e-5"]  # small: see flags_of
     preset += ["--compile"] * args.compile
     batch = args.sequences or options.parse(preset).batch // SHARE.get(name, 1)
