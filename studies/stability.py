@@ -3,7 +3,6 @@
     python -m studies.stability                              (a) linear networks at initialisation: change against depth
     python -m studies.stability --run out/bert_toy-raptr-0   (b) a trained model: each layer bypassed, paths of every
                  length; if its checkpoints were kept (--keep_every), the jump of each stage change against its bound
-    python -m studies.stability --logs results/short         (c) measured jumps of RaPTr and of the growing methods
     python -m studies.stability --rebuild                    tables and figures of (a) and (b), from their numbers
 
 The statement. Let F be a network of L layers and F_l the same without layer l. When training goes from paths of L - 1
@@ -11,7 +10,8 @@ layers to all L, the loss changes by
     jump = loss(F) - mean over l of loss(F_l),     |jump| <= c * mean over l of ||F(x) - F_l(x)||,
 c being the loss's Lipschitz constant. For linear layers at initialisation that mean falls as L^(-1/2) where layers are
 residual *and* normalised, y <- y + W norm(y), and stays of order 1 where either is missing.
-Tables, figures and numbers (JSON) are in results/stability/. Not here: how a model is trained (train.py).
+Tables, figures and numbers (JSON) are in results/stability/. Not here: how a model is trained (train.py), the jumps
+that a comparison measured (its table.md).
 
 Source: RaPTr (Panigrahi et al., arXiv 2402.05913), its theory of stage changes. Its constants are not known to us, so
 exponents are compared. It also fits a trained BERT, about L^-0.88 as a public review quotes it; that is not repeated
@@ -250,23 +250,6 @@ def draw_trained(numbers, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# (c) Measured jumps
-
-
-def describe_jumps(runs):
-    """Lines of a table and a verdict, in words, on the jumps in the logs of a comparison."""
-    changes = stats.jumps(runs)
-    lines = stats.jump_table(changes)
-    staged = [b - a for arm, _, a, b, _ in changes if arm == "raptr"]
-    grown = [b - a for arm, _, a, b, _ in changes if not arm.startswith("raptr")]
-    if staged and grown:
-        low, high = min(staged), max(staged)
-        lines += ["", f"Verdict: where a stage begins RaPTr's loss changes by {low:+.3f} to {high:+.3f},"]
-        lines += [f"that of networks that grow by {min(grown):+.3f} to {max(grown):+.3f}."]
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def show(file):
@@ -285,17 +268,11 @@ def main():
     parser = options.command("studies.stability", __doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--run", type=Path, help="run folder of a trained model")
-    what.add_argument("--logs", type=Path, help="results folder of studies.compare")
     what.add_argument("--rebuild", action="store_true", help="write tables and figures again, from numbers in --out")
     parser.add_argument("--seeds", type=options.number(int, "a whole number, 2 or above", lambda x: x >= 2), default=10,
                         help="how many networks [10]")  # fmt: skip
     parser.add_argument("--out", type=Path, default="results/stability", help="folder of tables, figures and numbers")
     args = parser.parse_args()
-    made = stats.made("studies.stability", sys.argv[1:])
-    if args.logs:
-        runs = stats.read_runs(args.logs)
-        page = args.out / f"jumps-{args.logs.resolve().name}.md"
-        return stats.save_page(page, stats.made_by(made) + describe_jumps(runs))
     if args.rebuild:
         files = sorted(args.out.glob("*.json"))
         if not files:
@@ -306,7 +283,7 @@ def main():
     numbers = trained(args.run) if args.run else initialisation(args.seeds)
     file = args.out / f"{args.run.resolve().name if args.run else 'initialisation'}.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps({"made": made, **numbers}))
+    write(file, json.dumps({"made": stats.made("studies.stability", sys.argv[1:]), **numbers}))
     show(file)
 
 

@@ -221,13 +221,6 @@ def table(head, rows):
     return ["|" + "|".join(cells) + "|" if cells[0] == "---" else f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def jump_table(changes):
-    """Lines of a table of what `jumps` returns."""
-    head = ["arm", "change", "before", "after", "jump", "runs"]
-    cells = [(arm, change, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{n}") for arm, change, a, b, n in changes]
-    return table(head, cells)
-
-
 PAIRED = "Differences are paired by seed, mean ± 95% interval (Student's t); below 0 is better."
 LEGEND = [
     "FLOPs are factors: how many times as many full training takes. Held-out loss: mean ± standard deviation over",
@@ -249,7 +242,9 @@ def markdown(about, first):
     lines += [f"Text: {first['data']['source']}, fingerprint {first['data']['fingerprint']}; {machine} a run."]
     lines += [f"Predicting by frequency: {first['unigram_loss']:.3f} nats.", "", *table(head, cells), "", *LEGEND]
     if about["jumps"]:
-        lines += ["", "## Loss just before and after each change", "", *jump_table(about["jumps"])]
+        head = ["arm", "change", "before", "after", "jump", "runs"]
+        cells = [(*of, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{n}") for *of, a, b, n in about["jumps"]]
+        lines += ["", "## Loss just before and after each change", "", *table(head, cells)]
     return lines
 
 

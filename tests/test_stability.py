@@ -67,12 +67,3 @@ def test_committed_tables_come_from_committed_numbers(tmp_path):
     for name in ("initialisation.md", "stages.md"):
         assert (tmp_path / name).read_text() == (ROOT / "results/stability" / name).read_text()
     assert run("--rebuild", "--out", tmp_path / "nowhere").returncode == 2
-
-
-def test_jumps_of_the_logs(tmp_path):
-    shown = run("--logs", "results/short", "--out", tmp_path)
-    assert shown.returncode == 0 and "| raptr | 6 to 8 layers |" in shown.stdout and "Verdict" in shown.stdout, (
-        shown.stderr
-    )
-    shown = run("--logs", tmp_path / "nowhere")
-    assert shown.returncode == 2 and shown.stderr.count("\n") == 1
