@@ -203,13 +203,10 @@ def summary(folder, arm, seed):
 # Table and figures
 
 
-def write_results(folder, with_time=False):
+def write_results(folder):
     """Write table.md, table.json and figures of a results folder, from its runs.jsonl and what table.json says of them:
-    {"made": {title, command, commit}, "schedules": {arm: text}, "tuning": see `tune`}.
-
-    with_time: draw loss against time too, which means something only if the machine did nothing else.
-    Raises UserError if one of the two files is missing.
-    """
+    {"made": {title, command, commit}, "schedules": {arm: text}, "tuning": see `tune`}. Raises UserError if one of the
+    two files is missing."""
     runs, file = stats.read_runs(folder), folder / "table.json"
     if not file.exists():
         raise UserError(f"{folder}: there is no table.json in it")
@@ -219,9 +216,7 @@ def write_results(folder, with_time=False):
     stats.save_page(folder / "table.md", stats.markdown(about, stats.event(runs[0], "run")))
     figures.strips(runs, folder / "strips.png")
     if all("speed_up" in row for row in about["rows"]):
-        figures.points(about["rows"], "relative_flops_step", "FLOPs of the run", folder / "flops.png")
-        if with_time:
-            figures.points(about["rows"], "speed_up", "time of the run", folder / "time.png")
+        figures.points(about["rows"], folder / "flops.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -278,7 +273,6 @@ def parser():
     add("--name", default="compare", help="folder under results/ and out/compare/ [compare]")
     add("--jobs", type=options.count, default=0, help="runs at a time; default one, or one per GPU")
     add("--plan", action="store_true", help="print the schedules and stop")
-    add("--time", action="store_true", help="draw loss against time too; only for a machine without other load")
     add("--rebuild", type=Path, metavar="FOLDER", help="rebuild table and figures of a results folder from its logs")
     return parser
 
@@ -293,7 +287,7 @@ def prepare(common, jobs):
     return common, (open_corpus(base.data, base.vocab).fingerprint, devices, jobs or max(1, len(devices)))
 
 
-def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=False, train_first=None):
+def compare(name, flags, seeds, common, machine, made, tuning=None, train_first=None):
     """Run the arms {arm: flags} with every seed, and write results/NAME/. made: title, command and commit. train_first:
     see `run_all`."""
     out, results = Path("out/compare", name), stats.RESULTS / name
@@ -320,13 +314,13 @@ def compare(name, flags, seeds, common, machine, made, tuning=None, with_time=Fa
     write(results / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
     about = {"made": made, "tuning": table.get("tuning", {}) | (tuning or {}), "schedules": schedules}
     write(results / "table.json", json.dumps(about))
-    write_results(results, with_time)
+    write_results(results)
 
 
 def main(argv=None):
     args, more, made = parse_study(parser(), argv)
     if args.rebuild:
-        return write_results(args.rebuild, args.time)
+        return write_results(args.rebuild)
     common = [f"--config={args.config}", *more]
     base = options.parse([*common, "--method=full"])
     for budget in args.budget:
@@ -342,7 +336,7 @@ def main(argv=None):
             flags, tuning = tune(flags, args.lr, tried, threaded, Path("out/compare", name), *machine)
         titled = {"title": f"{name}: {size(base)}, at {budget:g}x", **made}
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        compare(name, flags, seeds, threaded, machine, titled, tuning, args.time)
+        compare(name, flags, seeds, threaded, machine, titled, tuning)
 
 
 if __name__ == "__main__":

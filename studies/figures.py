@@ -12,19 +12,19 @@ from raptr import all_layers
 from studies import stats
 
 
-def points(rows, key, label, path):
-    """The loss of every arm with its spread, best first, and its cost beside its name."""
+def points(rows, path):
+    """The loss of every arm with its spread, best first, and its FLOPs beside its name."""
     figure, axes = subplots(8, 0.28 * len(rows) + 1)
     for y, row in enumerate(rows):
         baseline = row["arm"].startswith(("full", "shallow"))
         color = "black" if baseline else "tab:red" if row["arm"] == "raptr" else "tab:blue"
         style = {"fmt": "s" if baseline else "o", "ms": 5, "lw": 1, "capsize": 2, "color": color}
         axes.errorbar(row["loss"], y, xerr=row["std"] or 0, **style)
-    axes.set_yticks(range(len(rows)), [f"{row['arm']}   {1 / row[key]:.2f}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row['arm']}   {1 / row['relative_flops_step']:.2f}" for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="y", lw=0.4, color="0.85")
     axes.set(xlabel="held-out loss (nats), mean ± std over seeds")
-    title = f"beside each name: {label}, as a share of full training's; squares: no layer is skipped or grown"
+    title = "beside each name: FLOPs of the run, as a share of full training's; squares: no layer is skipped or grown"
     axes.set_title(title, fontsize=9, loc="left")
     figure.savefig(path, dpi=110)
 

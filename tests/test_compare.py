@@ -307,11 +307,11 @@ def test_committed_tables_come_from_committed_logs(name, tmp_path):
     folder.mkdir()
     for file in ("runs.jsonl", "table.json"):
         (folder / file).write_text((committed / file).read_text())
-    compare.main(["--rebuild", str(folder), "--time"])
+    compare.main(["--rebuild", str(folder)])
     for file in ("runs.jsonl", "table.json", "table.md"):
         assert (folder / file).read_text() == (committed / file).read_text()
     without_full = name == "choices-1200"  # which is compared with that of length-1200: it has no cost relative to it
-    for figure in ["strips.png"] if without_full else ["strips.png", "flops.png", "time.png"]:
+    for figure in ["strips.png"] if without_full else ["strips.png", "flops.png"]:
         assert (folder / figure).stat().st_size > 3000
     (folder / "table.json").unlink()
     with pytest.raises(UserError, match="table.json"):
