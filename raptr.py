@@ -33,14 +33,14 @@ class Subnetwork:
 
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
-
-    # Two methods train only part of what they run. Their subclasses have these as fields:
-    frozen = 0  # stacking.py, MSLT: how many of the lowest kept layers run without being trained
-    width = None  # methods/width.py: which heads and neurons train; not the hidden size
+    # Two methods train only part of what they run:
+    frozen: int = 0  # stacking.py, MSLT: how many of the lowest kept layers run without being trained
+    width: object = None  # methods/width.py: which heads and neurons train, a Width; not the hidden size
 
     def cost(self):
-        """Cost of the step, in units of one layer's forward and backward pass."""
-        return len(self.layers)
+        """Cost of the step, in units of one layer's forward and backward pass. The latter is two thirds of the work."""
+        cost = len(self.layers) * self.width.share if self.width else len(self.layers)
+        return cost - 2 / 3 * self.frozen if self.frozen else cost
 
 
 def all_layers(count):

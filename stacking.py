@@ -19,7 +19,6 @@ Legend: n layers before a growth, m after it; layers count from 0, steps from 1.
 
 import math
 import re
-from dataclasses import dataclass
 
 from raptr import Staged, Subnetwork, all_layers, stage_plan
 
@@ -69,17 +68,6 @@ def grow(tensors, sources):
 # When they grow
 
 
-@dataclass(frozen=True)
-class PartlyFrozen(Subnetwork):
-    """A Subnetwork whose lowest `frozen` layers run without being trained. The token embeddings get no gradient through
-    them either; where they are tied to the head's matrix, they still learn as that."""
-
-    frozen: int = 0
-
-    def cost(self):
-        return super().cost() - 2 / 3 * self.frozen  # no backward pass, which is two thirds of the work
-
-
 class Stacking(Staged):
     """A stage plan (raptr.py) whose lengths are depths of the network itself; `depth(step)` says how deep it is.
 
@@ -112,9 +100,10 @@ class Stacking(Staged):
     def subnetwork(self, step):
         depth, stage = self.depth(step), self.stage(step)
         before = self.depths[stage - 1] if stage else 0
-        # MSLT: right after a growth only the new layers train; a stage that adds none trains them all.
+        # MSLT: right after a growth only the new layers train; a stage that adds none trains them all. The token
+        # embeddings, below what is frozen, still learn as the head's matrix where they are tied to it.
         if self.only_new and 0 < before < depth:
-            return PartlyFrozen(tuple(range(depth)), frozen=before)
+            return Subnetwork(tuple(range(depth)), frozen=before)
         return None
 
     def expected_layers(self, step):

@@ -1,9 +1,9 @@
 """RaPTr in width: a random share of each layer's attention heads and hidden neurons trains, in place of layers.
 
-The value (`NarrowSubnetwork`), its sampler (`RandomWidth`), and the cut: for one step, the weights of every block that
-runs, and their moments in the optimizer, are replaced by copies of the rows or columns that are kept. Forward pass,
-backward pass, clipping, the exchange of gradients and AdamW then see a narrower network and cost as much less; what is
-not kept rests. Norms, and the biases of what writes to the residual stream, stay as they are.
+The value (`Width`), its sampler (`RandomWidth`), and the cut: for one step, the weights of every block that runs, and
+their moments in the optimizer, are replaced by copies of the rows or columns that are kept. Forward pass, backward
+pass, clipping, the exchange of gradients and AdamW then see a narrower network and cost as much less; what is not kept
+rests. Norms, and the biases of what writes to the residual stream, stay as they are.
 Not here: RaPTr in depth, which this extends (raptr.py); the block, which runs with however many heads it has
 (model.py).
 
@@ -39,16 +39,6 @@ class Width:
     @property
     def share(self):
         return len(self.heads[0]) / self.slices if self.heads else 0.0
-
-
-@dataclass(frozen=True)
-class NarrowSubnetwork(Subnetwork):
-    """A Subnetwork whose kept layers train only a part of their width."""
-
-    width: Width = None
-
-    def cost(self):
-        return super().cost() * self.width.share
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -102,7 +92,7 @@ class RandomWidth(RaPTr):
             kept = draw_layers(rng, length, self.layers, self.pinned, self.sampling)
             scale = path_scale(kept, length, self.layers, self.pinned, self.scaling)
         width = draw_width(rng, self.width_share(k), self.slices, len(kept))
-        return NarrowSubnetwork(kept, scale, width) if width else Subnetwork(kept, scale)
+        return Subnetwork(kept, scale, width=width)
 
 
 # ----------------------------------------------------------------------------------------------------------------

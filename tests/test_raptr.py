@@ -12,10 +12,9 @@ import torch
 
 import methods
 from engine import ROOT
-from methods.width import NarrowSubnetwork, Width
+from methods.width import Width
 from model import BERT, Config
 from raptr import RaPTr, Stage, Subnetwork, mean_layers, over, stage_plan
-from stacking import PartlyFrozen
 from test_train import events, go
 
 PINNED = {0, 11}
@@ -260,7 +259,7 @@ def test_over_gives_the_layers_back_whatever_happens_inside():
 
 def test_over_refuses_what_it_cannot_do():
     layers, width = small().blocks, Width(4, ((0,), (1,)), ((2,), (3,)), 2.0)
-    for subnetwork in (NarrowSubnetwork((0, 2), None, width), PartlyFrozen((0, 1), frozen=1)):
+    for subnetwork in (Subnetwork((0, 2), width=width), Subnetwork((0, 1), frozen=1)):
         with pytest.raises(ValueError, match="cannot"), over(layers, subnetwork):
             pytest.fail("it ran")
     assert len(layers) == 4

@@ -13,7 +13,7 @@ import train
 from engine import ROOT, checkpoint, options, parallel
 from model import BERT, Config
 from raptr import Subnetwork, all_layers, mean_layers, stage_plan
-from stacking import PartlyFrozen, Stacking
+from stacking import Stacking
 from test_train import events, go, same, trajectory, weights
 
 ALONE = parallel.Ranks("cpu", 60)
@@ -109,11 +109,11 @@ def test_a_grown_network_of_idle_layers_computes_the_same():
 
 def test_mslt_trains_only_what_is_new():
     method = Stacking(stacking.stacking, stage_plan([2, 3, 4, 4], 40, 4), 4, only_new=True)
-    assert [method.subnetwork(step) for step in (1, 11, 31)] == [None, PartlyFrozen((0, 1, 2), frozen=2), None]
+    assert [method.subnetwork(step) for step in (1, 11, 31)] == [None, Subnetwork((0, 1, 2), frozen=2), None]
     torch.manual_seed(0)
     model, tokens = BERT(SMALL), torch.randint(5, 64, (4, 8))
     batch = (tokens, tokens[:, :3] % 8, tokens[:, :3])
-    loss = model(batch, PartlyFrozen((0, 1, 2, 3, 4, 5), frozen=4))
+    loss = model(batch, Subnetwork((0, 1, 2, 3, 4, 5), frozen=4))
     loss.backward()
     assert loss.item() == model(batch).item()
     for name, p in model.named_parameters():
@@ -127,7 +127,7 @@ def test_mslt_trains_only_what_is_new():
 @pytest.mark.parametrize("only_new", [False, True])
 def test_frozen_layers_cost_what_pytorch_counts(only_new):
     config = Config(layers=12, width=64, heads=4, mlp=256, seq=64, vocab=500, dropout=0.0)
-    subnetwork = PartlyFrozen(tuple(range(12)), frozen=8) if only_new else all_layers(12)
+    subnetwork = Subnetwork(tuple(range(12)), frozen=8) if only_new else all_layers(12)
     tokens = torch.randint(5, 500, (2, 64))
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         BERT(config)((tokens, tokens[:, :4] % 64, tokens[:, :4]), subnetwork).backward()
