@@ -84,7 +84,7 @@ def costs(args):
     logits = 4 * config.padded_vocab * min(args.loss_chunk or math.inf, math.ceil(args.micro_batch * targets))
     accumulates = args.batch // args.micro_batch // W > 1
     share = W if args.fsdp else 1
-    block = sum(p.numel() for p in meta_block(config).parameters())
+    block = P - transformer.parameters(dataclasses.replace(config, layers=config.layers - 1))
     # FSDP2 holds gathered: the whole model, with all gradients (float32) between micro-batches; or, if it is too large,
     # embedding, head and two blocks, with the gradients of one.
     size = 2 if bf16 else 4
@@ -109,11 +109,6 @@ def costs(args):
         "checkpoints": args.keep + 1 + ((args.steps - 1) // args.keep_every if args.keep_every else 0),
         "hours": (flops + args.steps * recomputed) / (W * args.peak * 1e12 * args.mfu) / 3600,
     }  # fmt: skip
-
-
-def meta_block(config):
-    with torch.device("meta"):
-        return transformer.Block(config)
 
 
 def show(args):

@@ -55,9 +55,7 @@ def differences(runs, arm, other):
 
 def slope(points):
     """Exponent a of y ~ x^a, by least squares of the logarithms of [(x, y), ...]."""
-    x, y = ([math.log(value) for value in values] for values in zip(*points))
-    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(*([math.log(value) for value in values] for values in zip(*points))).slope
 
 
 # ----------------------------------------------------------------------------------------------------------------
