@@ -322,6 +322,10 @@ class Stack(nn.Module):
         weight = self.tokens.weight if self.untied is None else self.untied.weight
         return F.linear(x, weight, self.bias + self.padding)
 
+    def logits(self, tokens, places, subnetwork=None):
+        """Logits (..., V padded) of `states`. places: a BERT's masked positions (B, M), or a UL2's prefix (B,)."""
+        return self.predict(self.states(tokens, places, subnetwork))
+
     def cross_entropy(self, x, targets):
         """Summed cross-entropy, in nats, of states (N, C) that predict targets (N,); target -100 is no target. With
         `loss_chunk`, only so many logits (of V each) exist at a time, and are made again in the backward pass."""
@@ -347,10 +351,6 @@ class BERT(Stack):
         x = self.encode(tokens, subnetwork)
         return self.head(x.gather(1, masked[:, :, None].expand(-1, -1, x.shape[-1])))
 
-    def logits(self, tokens, masked, subnetwork=None):
-        """Logits (B, M, V padded) at the masked positions."""
-        return self.predict(self.states(tokens, masked, subnetwork))
-
     def forward(self, batch, subnetwork=None):
         """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), masked (B, M), targets (B, M)."""
         tokens, masked, targets = batch
@@ -375,10 +375,6 @@ class UL2(Stack):
         usual = tokens.shape[1] == self.config.seq and self.config.width // self.config.heads >= 16
         fused = tokens.is_cuda and usual and self.relative is None and not (self.training and self.dropout > 0)
         return self.encode(tokens, subnetwork, self.mask(prefix, tokens.shape[1], fused))
-
-    def logits(self, tokens, prefix, subnetwork=None):
-        """Logits (B, T, V padded) of the next token."""
-        return self.predict(self.states(tokens, prefix, subnetwork))
 
     def forward(self, batch, subnetwork=None):
         """Summed cross-entropy, in nats, over the targets of a batch: tokens (B, T), prefix (B,), targets (B, T), and
