@@ -76,14 +76,17 @@ class MaskedLM:
         """On how many positions of a row of this batch the head runs."""
         return batch[1].shape[1]
 
+    def rows(self, windows, generator):
+        return mask_tokens(windows, self.vocab, generator)
+
     def batch(self, seed, step, size):
         """Training batch of a step (from 1): inputs (B, T), masked (B, M), targets (B, M), as int64 arrays."""
         windows = self.corpus.windows("train", self.seq, self.corpus.order(seed, step, size, self.seq))
-        return mask_tokens(windows, self.vocab, rng(seed, "mask", step))
+        return self.rows(windows, rng(seed, "mask", step))
 
     def held_out(self, size, tuning=False):
         """A batch of held-out windows, masked the same way for every seed and run. tuning: see Corpus.held_out."""
-        return mask_tokens(self.corpus.held_out(size, self.seq, tuning), self.vocab, rng(0, "evaluation"))
+        return self.rows(self.corpus.held_out(size, self.seq, tuning), rng(0, "evaluation"))
 
     def unigram_loss(self, targets):
         """Mean loss, in nats, of predicting each target by its frequency in the training text."""

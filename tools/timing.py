@@ -46,22 +46,14 @@ def flags_of(args, *more):
     return options.parse([*fixed, *shape, compiled, *more])
 
 
-def random_batch(flags, objective):
-    """A batch of random tokens, as the objective shows them to the model."""
-    generator = rng(0, "bench")
-    windows = generator.integers(SPECIAL, objective.vocab, (flags.batch, flags.seq))
-    if flags.arch == "ul2":
-        return objective.rows(windows, generator)
-    return data.mask_tokens(windows, objective.vocab, generator)
-
-
 def make_step(flags, device, dtype):
-    """(step, flops). step(subnetwork) takes one training step on a subnetwork (None: all layers) and returns when the
-    device has done it. flops(k): FLOPs of a step on k layers."""
+    """(step, flops). step(subnetwork) takes one training step on random tokens and a subnetwork (None: all layers), and
+    returns when the device has done it. flops(k): FLOPs of a step on k layers."""
     ranks, autocast, objective = parallel.Ranks(device), machine.autocast(device, dtype), data.objective(flags)
     config = transformer.Config.of(flags, objective.model_vocab)
     model, optimizer = train.build(flags, config, flags.layers, ranks)
-    batch = random_batch(flags, objective)
+    generator = rng(0, "bench")
+    batch = objective.rows(generator.integers(SPECIAL, objective.vocab, (flags.batch, flags.seq)), generator)
 
     def step(subnetwork):
         train.train_step(model, optimizer, batch, subnetwork, flags, ranks, autocast)
