@@ -139,7 +139,27 @@ class Group:
         self.group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
-def run_flags(add):
+EPILOG = """\
+A preset sets any of these names, and a flag overrides the preset. The
+defaults in brackets apply where the preset sets nothing; the default preset
+is a toy.
+exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite;
+4 no usable checkpoint; 5 processes disagree, or one is lost; 1 the last save
+failed; 75 stopped, state saved"""
+
+
+def flags():
+    """The parser of train.py."""
+    parser = Parser(
+        prog="train.py",
+        usage="python train.py [--config FILE.toml] [--flag value ...]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
+        description="Train a transformer, one subnetwork per step.\nThe same command continues a run that was stopped.",
+        epilog=EPILOG,
+    )
+
+    add = Group(parser, "run")
     seed = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
     add.flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
     add.flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
@@ -151,8 +171,7 @@ def run_flags(add):
     add.flag("seed", seed, 0, "seed of weights, data order, masks, paths and dropout")
     add.flag("steps", count, 1_000_000, "optimizer steps")
 
-
-def method_flags(add):
+    add = Group(parser, "method: which part of the network trains at a step")
     exponent = number(float, "a number from -20 to 20", lambda x: abs(x) <= 20)
     add.flag("method", str, "raptr", "training method", choices=[*methods.METHODS])
     text = "layers per stage; auto, of 12: 6-8-10-12 (raptr), 6-9-12 (stacking, midas), 6-9-12-12 (mslt), 3-6-12"
@@ -168,8 +187,7 @@ def method_flags(add):
     text = "gradient of a skipped layer. none: AdamW skips it; zero: its moments decay and still change it"
     add.flag("skipped_grad", str, "none", text, choices=["none", "zero"])
 
-
-def raptr_flags(add):
+    add = Group(parser, "raptr, constant")
     text = "what a step leaves out: layers; heads and hidden neurons of every layer; some of both"
     add.flag("part", str, "depth", text, choices=["depth", "width", "both"])
     add.flag("fixed", str, "first,last", "pinned layers, kept at every step: numbers from 0, first, last, or none")
@@ -177,13 +195,11 @@ def raptr_flags(add):
     choices = ["none", "gap", "uniform", "inverse"]
     add.flag("scaling", str, "none", "scaling of the kept layers' updates", choices=choices)
 
-
-def growth_flags(add):
+    add = Group(parser, "stacking, progressive, midas, mslt, jump")
     add.flag("moments", str, "copy", "optimizer moments when the network grows", choices=["copy", "reset"])
     add.flag("growth_warmup", natural, 0, "steps of linear warm-up after each growth")
 
-
-def model_flags(add):
+    add = Group(parser, "model")
     long_enough = number(int, "a whole number, 300 or above", lambda x: x >= 300)
     text = "encoder that fills masks, or decoder that reads a prefix and writes on"
     add.flag("arch", str, "bert", text, choices=["bert", "ul2"])
@@ -206,8 +222,7 @@ def model_flags(add):
     add.flag("denoisers", str, "r3,r8,s,x3,x8,x64,x64half", "UL2's: ul2, garcia, or names with weights, as r3,s:2")
     add.flag("init_std", positive, 0.02, "standard deviation of initial weights")
 
-
-def optimizer_flags(add):
+    add = Group(parser, "optimizer: AdamW")
     add.flag("batch", count, 256, "sequences per step, over all processes")
     add.flag("micro_batch", natural, 0, "sequences per forward pass of a process, at most; 0: its share of the batch")
     add.flag("lr", positive, 1e-4, "peak learning rate")
@@ -221,8 +236,7 @@ def optimizer_flags(add):
     add.flag("weight_decay", nonnegative, 0.01, "weight decay of matrices; biases and norms have none")
     add.flag("clip", nonnegative, 1.0, "largest gradient norm; 0: no clipping")
 
-
-def saving_flags(add):
+    add = Group(parser, "evaluation and saving")
     add.flag("eval_every", natural, 1000, "steps between evaluations; 0: only at stage ends and the end")
     add.flag("eval_sequences", count, 1024, "held-out sequences, the same for every run; all, if there are fewer")
     text = "tuning: evaluate on other held-out sequences, for choosing settings"
@@ -234,8 +248,7 @@ def saving_flags(add):
     add.flag("keep_every", natural, 0, "keep also those of every N-th step; 0: none")
     add.flag("log_to", str, "", "show the log there as well: tensorboard, wandb, or both with a comma")
 
-
-def machine_flags(add):
+    add = Group(parser, "machine")
     add.flag("device", str, "auto", "device to run on", choices=["auto", "cpu", "cuda", "mps"])
     text = "precision of matrix products; auto: bfloat16 where the hardware has it"
     add.flag("dtype", str, "auto", text, choices=["auto", "float32", "bfloat16"])
@@ -246,48 +259,12 @@ def machine_flags(add):
     add.switch("fsdp", "under torchrun: shard weights, gradients and moments (FSDP2)")
     add.flag("timeout", positive, 600.0, "under torchrun: seconds to wait for another process")
 
-
-def dry_run_flags(add):
+    add = Group(parser, "before a run")
     add.switch("dry_run", "print what the run needs (memory, FLOPs, hours, disk) and stop")
     add.flag("gpus", count, 1, "GPUs to plan for")
     add.flag("peak", positive, 989.0, "a GPU's dense bfloat16 TFLOP/s; the default is an H100's or H200's")
     add.flag("mfu", portion, 0.4, "share of the peak that is used")
 
-
-GROUPS = {
-    "run": run_flags,
-    "method: which part of the network trains at a step": method_flags,
-    "raptr, constant": raptr_flags,
-    "stacking, progressive, midas, mslt, jump": growth_flags,
-    "model": model_flags,
-    "optimizer: AdamW": optimizer_flags,
-    "evaluation and saving": saving_flags,
-    "machine": machine_flags,
-    "before a run": dry_run_flags,
-}
-
-
-EPILOG = """\
-A preset sets any of these names, and a flag overrides the preset. The
-defaults in brackets apply where the preset sets nothing; the default preset
-is a toy.
-exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite;
-4 no usable checkpoint; 5 processes disagree, or one is lost; 1 the last save
-failed; 75 stopped, state saved"""
-
-
-def flags():
-    """The parser of train.py."""
-    parser = Parser(
-        prog="train.py",
-        usage="python train.py [--config FILE.toml] [--flag value ...]",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26),
-        description="Train a transformer, one subnetwork per step.\nThe same command continues a run that was stopped.",
-        epilog=EPILOG,
-    )
-    for title, add_flags in GROUPS.items():
-        add_flags(Group(parser, title))
     return parser
 
 
