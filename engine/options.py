@@ -167,7 +167,6 @@ def flags():
         "data", str, "", "prepared corpus, several (A:3,B:1), or text; default: the docstrings of Python and torch"
     )
     add.flag("init", str, "", "start from the weights of this run folder")
-    add.switch("init_moments", "--init: take the optimizer's moments as well")
     add.flag("seed", seed, 0, "seed of weights, data order, masks, paths and dropout")
     add.flag("steps", count, 1_000_000, "optimizer steps")
 
@@ -272,7 +271,7 @@ def flags():
 REMOVED = {
     **{"drop_time": "line", "drop_depth": "linear", "drop_gate": "sequence", "drop_scale": "inverse", "p_max": 1.0},
     **{"theta_bar": 0.5, "gamma": 0.0, "drop_rate": 0.2, "ramp_share": 0.25, "width_scaling": "uniform"},
-    **{"jump_from": 3, "jump_at": 1 / 3, "jump_init": "copy"},
+    **{"jump_from": 3, "jump_at": 1 / 3, "jump_init": "copy", "init_moments": False},
 }
 
 

@@ -23,7 +23,7 @@ from text.wordpiece import WordPiece
 
 # Flags that may differ when a run is continued. All others would make it another run.
 MAY_CHANGE = {
-    *("config", "out", "data", "init", "init_moments", "micro_batch", "eval_every", "save_every", "keep", "keep_every"),
+    *("config", "out", "data", "init", "micro_batch", "eval_every", "save_every", "keep", "keep_every"),
     *("log_to", "device", "compile", "recompute", "threads", "fsdp", "timeout", "dry_run", "gpus", "peak", "mfu"),
 }
 
@@ -65,15 +65,13 @@ class Run:
         self.flops, self.seconds = meta["flops"], meta["seconds"]
 
     def restore(self, model, optimizer, initial=None):
-        """Copy the newest checkpoint into a model and its optimizer. initial: tensors to begin a new run with, or
+        """Copy the newest checkpoint into a model and its optimizer. initial: weights to begin a new run with, or
         None."""
-        tensors = self.newest[0] if self.newest else initial
-        if tensors:
-            checkpoint.load_weights(
-                model, tensors["model"], "the checkpoint" if self.newest else f"--init {self.args.init}"
-            )
-            if "optimizer" in tensors:
-                checkpoint.load_moments(model, optimizer, tensors["optimizer"])
+        if self.newest:
+            checkpoint.load_weights(model, self.newest[0]["model"], "the checkpoint")
+            checkpoint.load_moments(model, optimizer, self.newest[0]["optimizer"])
+        elif initial:
+            checkpoint.load_weights(model, initial, f"--init {self.args.init}")
         self.newest = None  # memory
 
     def open_log(self):
@@ -185,21 +183,19 @@ def must_match(before, now):
 
 
 def initial_weights(args, config, depth, tokenizer_sha256):
-    """Load and validate --init. Returns {"model": tensors}, with "optimizer" if --init_moments asks for it. Raises
-    UserError if it is missing, does not fit, or used another tokenizer."""
+    """Load and validate the weights of --init. Raises UserError if they are missing, do not fit, or used another
+    tokenizer."""
     folders = checkpoint.folders(args.init)
     if not folders:
         raise UserError(f"--init {args.init}: there is no checkpoint in it")
     tensors, meta = checkpoint.load(folders[-1])
     if meta.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
         raise UserError(f"--init {args.init}: was trained with another tokenizer than that of --data")
-    if args.init_moments and "optimizer" not in tensors:
-        raise UserError(f"--init_moments: the checkpoint in {args.init} has no moments")
     with torch.device("meta"):
         model = transformer.make(config)
     model.blocks = model.blocks[:depth]
     checkpoint.check_weights(model, tensors["model"], f"--init {args.init}")
-    return tensors if args.init_moments else {"model": tensors["model"]}
+    return tensors["model"]
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Two equal halves with zeros between them would stay equal in training: `--noise`
 Not here: the training before and after (train.py).
 
 Source: Deep Fusion (Mazzawi et al., arXiv 2306.11903). No code was published. Our reading: the factor 1/2 of the logits
-goes into the last norm before the head, as the head's matrix may be tied to the embedding; moments are not scaled.
+goes into the last norm before the head, as the head's matrix may be tied to the embedding.
 Legend: n, m rows and w, v columns of the parents' matrices.
 """
 
@@ -91,16 +91,6 @@ def perturbed(weights, noise, seed):
     return result
 
 
-def join_moments(a, b, config):
-    """AdamW's state of the fused network, from its parents': moments where the parents' weights are, and zeros between.
-    The step is that of the parent that took more of them."""
-    joined = {}
-    for key in a:
-        kind, _, name = key.partition(".")
-        joined[key] = torch.maximum(a[key], b[key]) if kind == "step" else join(name, a[key], b[key], config)
-    return joined
-
-
 def named(model):
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -132,16 +122,6 @@ def load_parents(args):
     if args.noise:
         other.load_state_dict(perturbed(named(other), args.noise, args.seed), strict=False)
     return [one, other], flags, config
-
-
-def load_moments(run):
-    """AdamW's state in a run folder. Raises UserError if there is none."""
-    from engine import checkpoint
-
-    tensors, _ = checkpoint.load(checkpoint.folders(run)[-1])
-    if "optimizer" not in tensors:
-        raise UserError(f"{run}: its checkpoint has no moments; leave out --moments")
-    return tensors["optimizer"]
 
 
 @torch.no_grad()
@@ -179,7 +159,6 @@ def write(out, first, flags, config, tensors):
             shutil.copy(first / name, unfinished)
     flags = vars(flags) | {name: getattr(config, name) for name in (*ADDED, "norm_parts")}
     flags |= {"method": "full", "stages": "auto", "out": str(out), "init": str(out)}
-    flags["init_moments"] = "optimizer" in tensors
     (unfinished / "config.json").write_text(json.dumps(flags, indent=1))
     default = vars(options.flags().parse_args([]))
     left_out = ("config", "out", *MACHINE)
@@ -203,7 +182,6 @@ def main(argv=None):
     blocks = {"choices": ["zero", "fresh"], "default": "zero", "help": "blocks between the parents [zero]"}
     parser.add_argument("--off_diagonal", **blocks)
     parser.add_argument("--split_norms", action="store_true", help="norm each parent's entries separately")
-    parser.add_argument("--moments", action="store_true", help="take over the optimizer's moments too")
     noise = {
         "type": options.nonnegative,
         "default": 0.0,
@@ -216,12 +194,9 @@ def main(argv=None):
 
     a, b = map(Path, args.parents)
     (one, other), flags, config = load_parents(args)
-    moments = [load_moments(run) for run in (a, b)] if args.moments else None
     text = own_text(a, flags) if args.measure else None
     fresh = named(transformer.make(config, args.seed)) if args.off_diagonal == "fresh" else None
     tensors = {"model": fuse(named(one), named(other), config, fresh)}
-    if moments:
-        tensors["optimizer"] = join_moments(*moments, config)
     if text:
         fusions = {}
         for name, split in (("fused, norms over both", False), ("fused, norms over each (--split_norms)", True)):

@@ -91,22 +91,6 @@ def test_fresh_off_diagonals_leave_the_parents_in_place():
         assert between.std().item() == pytest.approx(0.3, rel=0.1)
 
 
-def test_moments_stand_where_their_weights_stand():
-    one, other = parents(UL2)
-    config = deep_fusion.fused_config(one.config, other.config)
-    state = [
-        {f"{kind}.{name}": p for name, p in named(m).items() for kind in ("exp_avg", "exp_avg_sq")}
-        for m in (one, other)
-    ]
-    for own, steps in zip(state, (3.0, 5.0)):
-        own["step.tokens.weight"] = torch.tensor(steps)
-    moments, weights = deep_fusion.join_moments(*state, config), deep_fusion.fuse(named(one), named(other), config)
-    assert moments.pop("step.tokens.weight") == 5
-    for name, moment in moments.items():
-        weight = weights[name.partition(".")[2]]
-        assert torch.equal(moment, weight) or torch.equal(moment, 2 * weight), name  # the last norm alone is halved
-
-
 def shell(*arguments):
     return script("methods.deep_fusion", *arguments)
 
@@ -116,7 +100,7 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     a, b = go([*flags, str(tmp_path / "a")]), go([*flags, str(tmp_path / "b"), "--seed", "1"])
     for seed, where in enumerate((a, b)):
         assert events(where, "run")[0]["seed"] == seed
-    done = shell(a, b, "--out", tmp_path / "c", "--moments", "--measure")
+    done = shell(a, b, "--out", tmp_path / "c", "--measure")
     told = {line[4:44].strip(): line[44:].split() for line in done.stdout.splitlines() if line.startswith("    ")}
     assert float(told["first parent, a"][0]) == pytest.approx(events(a, "done")[0]["loss"], abs=0.01)
     assert (
@@ -127,7 +111,7 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     assert load_run(tmp_path / "c")[0].config.width == 128
     assert "threads" not in (tmp_path / "c/preset.toml").read_text()  # another machine may train it on
     preset = [f"--config={tmp_path}/c/preset.toml", "--steps", "6", "--eval_every", "1", "--out"]
-    run, fresh = go([*preset, str(tmp_path / "d")]), go([*preset, str(tmp_path / "e"), "--init=", "--no-init_moments"])
+    run, fresh = go([*preset, str(tmp_path / "d")]), go([*preset, str(tmp_path / "e"), "--init="])
     began = events(run, "eval")[0]["loss"]
     assert began < events(fresh, "eval")[0]["loss"] - 0.2
     assert events(run, "eval")[-1]["loss"] < began
