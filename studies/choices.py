@@ -147,8 +147,7 @@ def main(argv=None):
         plan(args.choices, common, {"raptr": 1, "full": 1})  # what cannot be is found before anything runs
         length.train(STEPS, ["full", "full_flops", DEFAULT], of_length, more, made)
         arms = plan(args.choices, common, length.choose_rates(of_length, more))
-        title = f"{name}: {compare.size(options.parse([*common, '--method=full']))}, choices of RaPTr"
-        compare.compare(name, arms, range(args.seeds), common, machine, {"title": title, **made})
+        compare.compare(name, arms, range(args.seeds), common, machine, made, "choices of RaPTr")
     folders = [stats.RESULTS / name, stats.RESULTS / f"{other}-{STEPS}"]
     runs = [run for folder in folders for run in stats.read_runs(folder)]
     write_page(args.name, runs, [json.loads((folder / "table.json").read_text())["made"] for folder in folders])

@@ -287,9 +287,10 @@ def prepare(common, jobs):
     return common, (open_corpus(base.data, base.vocab).fingerprint, devices, jobs or max(1, len(devices)))
 
 
-def compare(name, flags, seeds, common, machine, made, tuning=None, train_first=None):
-    """Run the arms {arm: flags} with every seed, and write results/NAME/. made: title, command and commit. train_first:
-    see `run_all`."""
+def compare(name, flags, seeds, common, machine, made, what="at 1.333x", tuning=None, train_first=None):
+    """Run the arms {arm: flags} with every seed, and write results/NAME/. made: command and commit. what: of the title.
+    train_first: see `run_all`."""
+    made = {"title": f"{name}: {size(options.parse([*common, '--method=full']))}, {what}", **made}
     out, results = Path("out/compare", name), stats.RESULTS / name
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
@@ -334,9 +335,8 @@ def main(argv=None):
         elif args.lr:
             tried = range(TUNING_SEED, TUNING_SEED + args.tuning_seeds)
             flags, tuning = tune(flags, args.lr, tried, threaded, Path("out/compare", name), *machine)
-        titled = {"title": f"{name}: {size(base)}, at {budget:g}x", **made}
         seeds = range(args.first_seed, args.first_seed + args.seeds)
-        compare(name, flags, seeds, threaded, machine, titled, tuning)
+        compare(name, flags, seeds, threaded, machine, made, f"at {budget:g}x", tuning)
 
 
 if __name__ == "__main__":

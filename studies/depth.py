@@ -56,14 +56,10 @@ def parser():
 
 def main(argv=None):
     args, more, made = compare.parse_study(parser(), argv, OWN)
-    name, other = f"{args.name}-{STEPS}", "length" if args.name == "depth" else f"{args.name}-length"
+    other = "length" if args.name == "depth" else f"{args.name}-length"
     if not args.rebuild:
         length.train(STEPS, args.methods, budget.changed(args, name=other), more, made)
-        common, machine = compare.prepare(length.flags_at(STEPS, [*DEEP, *more]), args.jobs)
-        base = options.parse([*common, "--method=full"])
-        title = f"{name}: {compare.size(base)}, at 1.333x"
-        arms = length.planned(args.methods, common)
-        compare.compare(name, arms, range(args.seeds), common, machine, {"title": title, **made})
+        length.train(STEPS, args.methods, args, [*DEEP, *more], made, rates={})
     write_page(args.name, *(stats.read_runs(stats.RESULTS / f"{folder}-{STEPS}") for folder in (other, args.name)))
 
 

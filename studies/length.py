@@ -57,14 +57,14 @@ def choose_rates(args, more):
     return {kind: float(min(losses, key=losses.get)) for kind, losses in ended.items()}
 
 
-def train(steps, arms, args, more, made):
-    """Compare arms at one length, in results/NAME-STEPS/. Skips what is there. made: command and commit."""
-    rates = {arm: rate for kind, rate in choose_rates(args, more).items() for arm in KINDS[kind]}
+def train(steps, arms, args, more, made, rates=None):
+    """Compare arms at one length, in results/NAME-STEPS/. Skips what is there. made: command and commit. rates: {kind:
+    its learning rate}, by default the one that `choose_rates` finds; a kind without one has that of `more`."""
+    rates = choose_rates(args, more) if rates is None else rates
+    own = {arm: [f"--lr={rate:g}"] for kind, rate in rates.items() for arm in KINDS[kind]}
     common, machine = compare.prepare(flags_at(steps, more), args.jobs)
-    flags = {arm: [*its, f"--lr={rates[arm]:g}"] for arm, its in planned(arms, common).items()}
-    name, base = f"{args.name}-{steps}", options.parse([*common, "--method=full"])
-    made = {"title": f"{name}: {compare.size(base)}, at 1.333x", **made}
-    compare.compare(name, flags, range(args.seeds), common, machine, made)
+    flags = {arm: its + own.get(arm, []) for arm, its in planned(arms, common).items()}
+    compare.compare(f"{args.name}-{steps}", flags, range(args.seeds), common, machine, made)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -186,14 +186,11 @@ def main(argv=None):
         text = corpora(args)
         for way in args.ways:
             common, machine = compare.prepare([*SETTING, *text[way], *more], args.jobs)
-            base = options.parse([*common, "--method=full"])
-            flags = budget.plan(args.methods, base, 4 / 3)
+            flags = budget.plan(args.methods, options.parse([*common, "--method=full"]), 4 / 3)
             if way == "past":
                 flags = {arm: [*its, budget.FIRST] for arm, its in flags.items()}
-            name = f"{args.name}-{way}"
-            titled = {"title": f"{name}: {compare.size(base)}, at 1.333x", **made}
             past = functools.partial(train_first, margin=args.margin)
-            compare.compare(name, flags, range(args.seeds), common, machine, titled, train_first=past)
+            compare.compare(f"{args.name}-{way}", flags, range(args.seeds), common, machine, made, train_first=past)
     write_page(args.name, stats.read_all({way: stats.RESULTS / f"{args.name}-{way}" for way in WAYS}))
 
 
