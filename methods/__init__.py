@@ -9,8 +9,10 @@ from raptr import Full, RaPTr, Stage, stage_plan
 from stacking import SOURCES, Stacking
 
 
-def random_part(args, plan):
-    pinned = pinned_layers(args)
+def random_part(args):
+    """RaPTr. With a single stage it is constant stochastic depth."""
+    constant = [Stage(1, args.steps, args.mean_depth or 0.75 * args.layers)]
+    plan, pinned = constant if args.method == "constant" else plan_of(args), pinned_layers(args)
     if args.part == "depth":
         return RaPTr(plan, args.layers, pinned, args.sampling, args.scaling, args.seed)
     from methods.width import RandomWidth  # here, because `python -m methods.width` loads this file first
@@ -18,19 +20,10 @@ def random_part(args, plan):
     return RandomWidth(plan, args.layers, pinned, args.sampling, args.scaling, args.seed, args.part, args.heads)
 
 
-def raptr(args):
-    return random_part(args, plan_of(args))
-
-
-def constant(args):
-    return random_part(args, [Stage(1, args.steps, args.mean_depth or 0.75 * args.layers)])
-
-
 def dropping(args):
     from methods import layerdrop
 
-    kind = {"pld": layerdrop.pld, "layerdrop": layerdrop.layerdrop, "decreasing": layerdrop.decreasing}[args.method]
-    return kind(args.layers, args.steps, args.mean_depth, args.seed)
+    return getattr(layerdrop, args.method)(args.layers, args.steps, args.mean_depth, args.seed)
 
 
 def ramp(args):
@@ -54,16 +47,14 @@ def jump(args):
 
 
 # Flags that have an effect with a method, in its object or in train.py. Every other one of these earns a warning.
-STAGED, DRAWN, GROWN = (
-    {"stages", "alpha", "full_warmup"},
-    {"fixed", "sampling", "scaling", "part"},
-    {"moments", "growth_warmup"},
-)
+STAGED = {"stages", "alpha", "full_warmup"}
+DRAWN = {"fixed", "sampling", "scaling", "part"}
+GROWN = {"moments", "growth_warmup"}
 
 METHODS = {  # name: (from the flags to the object, the flags it reads)
     "full": (lambda args: Full(args.layers), set()),
-    "raptr": (raptr, STAGED | DRAWN),
-    "constant": (constant, DRAWN | {"mean_depth"}),
+    "raptr": (random_part, STAGED | DRAWN),
+    "constant": (random_part, DRAWN | {"mean_depth"}),
     "pld": (dropping, {"mean_depth"}),
     "layerdrop": (dropping, {"mean_depth"}),
     "decreasing": (dropping, {"mean_depth"}),
