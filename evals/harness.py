@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from engine.errors import UserError, guard
+from evals.finetune import batches, padded
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -52,14 +53,10 @@ class PrefixLM(HFLM):
             written = [*self.tok_encode(answer, add_special_tokens=False), eos][-(self.max_length - 3) :]
             read = self.read(context, self.max_length - 3 - len(written))
             rows.append((read, written))
-        order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))
-        size = int(self.batch_size_per_gpu)
+        groups = batches([len(read) + len(written) for read, written in rows], int(self.batch_size_per_gpu))
         found = [None] * len(rows)
-        for at in tqdm(range(0, len(order), size), desc="loglikelihood", disable=disable_tqdm or None):
-            group = order[at : at + size]
-            longest = sum(map(len, rows[group[0]]))
-            tokens = [[*rows[i][0], *rows[i][1]] for i in group]
-            tokens = torch.tensor([row + [eos] * (longest - len(row)) for row in tokens], device=self.device)
+        for group in tqdm(groups, desc="loglikelihood", disable=disable_tqdm or None):
+            tokens = padded([[*rows[i][0], *rows[i][1]] for i in group], eos, self.device)
             prefix = torch.tensor([len(rows[i][0]) - 1 for i in group], device=self.device)
             logits = self.model(tokens, prefix=prefix).logits
             for i, of_row in zip(group, logits):

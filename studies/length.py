@@ -78,19 +78,12 @@ def change(lengths, arm, other):
     return stats.minus(of_length[-1], of_length[0]) if len(of_length) > 1 else None
 
 
-def falls(low, high):
-    return high < 0
-
-
-def stays(low, high):
-    return low > 0 or stats.level(low, high)
-
-
 def verdicts(lengths):
     """[(question, what was measured, verdict)], by the rules of results/LOG.md, which mean all of LENGTHS."""
     longest = max(lengths)
     gap, lead = change(lengths, "raptr", "full"), change(lengths, "raptr", "stacking")
     constant = stats.differences(lengths[longest], "raptr", "constant")
+    falls, stays = lambda low, high: high < 0, lambda low, high: low > 0 or stats.level(low, high)
     rows = [
         ("RaPTr's gap to full training closes with length", gap, stats.verdict(gap, falls, stays)),
         ("stacking's lead over RaPTr goes with length", lead, stats.verdict(lead, falls, stays)),

@@ -251,14 +251,6 @@ def along(runs, arm):
     return found
 
 
-def better(low, high):
-    return low > 0
-
-
-def not_better(low, high):
-    return high < 0 or -CLOSE < low and high < CLOSE
-
-
 def conclusion(runs):
     """The verdict of rule 4, one sentence."""
     found = along(runs, "raptr")
@@ -267,7 +259,8 @@ def conclusion(runs):
     places, advantages = zip(*found)
     what = stats.signed(stats.interval(advantages))
     where = f"RaPTr's loss lies at {statistics.mean(places):.2f} from full's (0) to full_flops' (1)"
-    word = stats.verdict(advantages, better, not_better)
+    no = lambda low, high: high < 0 or (-CLOSE < low and high < CLOSE)  # noqa: E731
+    word = stats.verdict(advantages, lambda low, high: low > 0, no)
     return f"RaPTr's score minus that of full training at RaPTr's loss: {what} ({len(found)} seeds). {where}. {word}."
 
 

@@ -9,19 +9,18 @@ from engine.errors import UserError
 class WordPiece:
     """BERT's WordPiece tokenizer, with those methods of a SentencePieceProcessor that this project uses.
 
-    path: a vocab.txt. lower: lower-case the text, as the uncased models do; by default as the tokenizer_config.json
-    beside it says. Raises UserError if `tokenizers` is not installed, or a special token is missing.
+    path: a vocab.txt. Text is lower-cased, as for the uncased models, unless a tokenizer_config.json beside it says
+    otherwise. Raises UserError if `tokenizers` is not installed, or a special token is missing.
     """
 
-    def __init__(self, path, lower=None):
+    def __init__(self, path):
         try:
             from tokenizers import BertWordPieceTokenizer
         except ImportError:
             raise UserError("WordPiece needs the package tokenizers: pip install tokenizers") from None
         words = Path(path).read_text(encoding="utf-8").split("\n")
         settings = Path(path).with_name("tokenizer_config.json")
-        if lower is None:
-            lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
+        lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
         self.words, self.ids = [w for w in words if w], {word: i for i, word in enumerate(words)}
         missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word not in self.ids]
         if missing:
