@@ -128,9 +128,8 @@ def mixture(text):
         except ValueError:
             weights[name] = -1.0
         if name not in DENOISERS or not 0 < weights[name] < 1e6:
-            raise UserError(
-                f"--denoisers {part}: give names of {', '.join(DENOISERS)}, each with a weight above 0, as in r3,s:2"
-            )
+            known = ", ".join(DENOISERS)
+            raise UserError(f"--denoisers {part}: give names of {known}, each with a weight above 0, as in r3,s:2")
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 

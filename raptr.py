@@ -255,9 +255,8 @@ def over(layers, subnetwork):
     if subnetwork.width or subnetwork.frozen:
         raise ValueError("over() runs some of the layers; it cannot cut their width or freeze them")
     if len(kinds(layers)) > 1:
-        raise ValueError(
-            f"over() needs layers that are all alike; these are of kinds {', '.join(sorted(kinds(layers)))}"
-        )
+        found = ", ".join(sorted(kinds(layers)))
+        raise ValueError(f"over() needs layers that are all alike; these are of kinds {found}")
     # nn.ModuleList keeps its layers in `_modules`, which the model walks through. Replacing that dictionary for a
     # moment changes what runs, and neither copies a weight nor tells the optimizer.
     everything, kept = dict(layers._modules), [layers[i] for i in subnetwork.layers]
@@ -314,9 +313,8 @@ def draw(layers, length):
 def demo():
     import argparse
 
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description="Draw a stage plan, sampled paths, their cost."
-    )
+    about = "Draw a stage plan, sampled paths, their cost."
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     parser.add_argument("--stages", default="6-8-10-12", help="layers per stage [6-8-10-12]")
     parser.add_argument("--layers", type=int, default=12, help="layers of the network [12]")
     parser.add_argument("--alpha", type=float, default=0.0, help="0: stages of equal duration, 1: proportional [0]")

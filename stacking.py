@@ -41,9 +41,8 @@ def midas(n, m):
     """The network is cut into blocks of m - n layers; the middle one, ceil(blocks / 2), is repeated in place."""
     block = m - n
     if n % block:
-        raise ValueError(
-            f"--stages: midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}"
-        )
+        rule = f"midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}"
+        raise ValueError(f"--stages: {rule}")
     end = -(-(n // block) // 2) * block  # where the middle block ends; of an even number, the first of the two
     return [*range(end), *range(end - block, n)]
 

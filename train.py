@@ -264,12 +264,8 @@ def main(args, ranks):
     has_begun, has_ended = run.open_log()
     if has_ended:
         return log.summarize(run.folder) if ranks.first else None
-    facts = {
-        "world_size": ranks.size,
-        "device": ranks.device.type,
-        "dtype": str(dtype),
-        "threads": torch.get_num_threads(),
-    }
+    facts = {"world_size": ranks.size, "device": ranks.device.type, "dtype": str(dtype)}
+    facts["threads"] = torch.get_num_threads()
     if not has_begun:
         run.record("run", **describe(args, config, objective, held_out, method, corpus), **facts, flags=run.flags)
     if run.step:

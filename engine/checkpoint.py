@@ -36,9 +36,8 @@ def state(model, optimizer, keep=True):
     """
     groups = {"model": {}, "optimizer": {}}
     for name, p in model.named_parameters():
-        for group, key, tensor in [("model", name, p.detach())] + [
-            ("optimizer", f"{kind}.{name}", moment) for kind, moment in optimizer.state[p].items()
-        ]:
+        moments = [("optimizer", f"{kind}.{name}", moment) for kind, moment in optimizer.state[p].items()]
+        for group, key, tensor in [("model", name, p.detach()), *moments]:
             tensor = parallel.full(tensor)
             if keep:
                 groups[group][key] = tensor.cpu()

@@ -76,9 +76,8 @@ def draw_run(run):
     if not steps or not evals:
         return None
     L = first["flags"]["layers"]
-    top.plot(
-        [e["step"] for e in steps], [e["loss"] for e in steps], color="0.8", lw=0.7, label="training, the step's path"
-    )
+    points = [(e["step"], e["loss"]) for e in steps]
+    top.plot(*zip(*points), color="0.8", lw=0.7, label="training, the step's path")
     for k in sorted({k for e in evals for k in e["subnetworks"]}, key=float):
         points = [(e["step"], e["subnetworks"][k]) for e in evals if k in e["subnetworks"]]
         top.plot(*zip(*points), lw=1, marker=".", ms=3, label=f"held-out, paths of {k}")
@@ -86,9 +85,8 @@ def draw_run(run):
     top.plot(*zip(*points), color="black", lw=1.8, marker="o", ms=3, label="held-out, full model")
     unigram = first["unigram_loss"]
     top.axhline(unigram, color="0.5", ls=":", lw=1)
-    top.annotate(
-        "predicting by frequency", (steps[-1]["step"], unigram), ha="right", va="bottom", color="0.4", fontsize=8
-    )
+    style = {"ha": "right", "va": "bottom", "color": "0.4", "fontsize": 8}
+    top.annotate("predicting by frequency", (steps[-1]["step"], unigram), **style)
     top.set(ylabel="loss (nats)", title=f"{run.name}: held-out loss {evals[-1]['loss']:.3f}")
     top.legend(frameon=False, fontsize=8)
     columns = [steps[i * len(steps) // 160] for i in range(160)] if len(steps) > 160 else steps

@@ -163,9 +163,8 @@ def flags():
     seed = number(int, "a whole number from 0 to 2^62", lambda x: 0 <= x <= 1 << 62)
     add.flag("config", str, "configs/bert_toy.toml", "preset, a TOML file of flags")
     add.flag("out", str, "", "run folder; default out/PRESET-METHOD-SEED")
-    add.flag(
-        "data", str, "", "prepared corpus, several (A:3,B:1), or text; default: the docstrings of Python and torch"
-    )
+    text = "prepared corpus, several (A:3,B:1), or text; default: the docstrings of Python and torch"
+    add.flag("data", str, "", text)
     add.flag("init", str, "", "start from the weights of this run folder")
     add.flag("seed", seed, 0, "seed of weights, data order, masks, paths and dropout")
     add.flag("steps", count, 1_000_000, "optimizer steps")
@@ -177,12 +176,8 @@ def flags():
     add.flag("stages", str, "auto", f"{text} (progressive)")
     add.flag("alpha", exponent, 0.0, "duration of stage s is proportional to s^alpha; 0: all equal, 1: growing with s")
     add.flag("full_warmup", natural, 0, "steps of the full model before the first stage, counted in --steps")
-    add.flag(
-        "mean_depth",
-        positive,
-        None,
-        "mean layers per step of constant (3/4 of all if not given), pld, layerdrop, decreasing, jump",
-    )
+    text = "mean layers per step of constant (3/4 of all if not given), pld, layerdrop, decreasing, jump"
+    add.flag("mean_depth", positive, None, text)
     text = "gradient of a skipped layer. none: AdamW skips it; zero: its moments decay and still change it"
     add.flag("skipped_grad", str, "none", text, choices=["none", "zero"])
 

@@ -244,7 +244,6 @@ def provenance(run, args, names, files):
     none), hashes of `files`, which is {name: path}, and the flags `names`}."""
     newest = checkpoint.folders(run)[-1:]
     weights = "".join(checkpoint.sha256(path / "manifest.json") for path in newest)
-    hashes = {name: checkpoint.sha256(path) for name, path in files.items()}
-    return (
-        {"run": str(Path(run).resolve()), "weights": weights} | hashes | {name: getattr(args, name) for name in names}
-    )
+    facts = {"run": str(Path(run).resolve()), "weights": weights}
+    facts |= {name: checkpoint.sha256(path) for name, path in files.items()}
+    return facts | {name: getattr(args, name) for name in names}

@@ -104,9 +104,7 @@ def stages(args):
     except ValueError:
         raise ValueError(f"--stages {args.stages}: give layers per stage like 6-8-10-12") from None
     if args.method in ("raptr", "constant") and args.part != "depth" and lengths[-1] in (1, args.heads):
-        lengths = [
-            k / lengths[-1] * args.layers for k in lengths
-        ]  # shares of the width, or heads: as many layers' cost
+        return [k / lengths[-1] * args.layers for k in lengths]  # shares of the width, or heads
     return lengths
 
 

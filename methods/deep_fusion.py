@@ -179,15 +179,11 @@ def main(argv=None):
     parser = options.command("methods.deep_fusion", __doc__)
     parser.add_argument("parents", nargs=2, metavar="RUN", help="run folder of train.py")
     parser.add_argument("--out", required=True, help="run folder to make, which must not exist")
-    blocks = {"choices": ["zero", "fresh"], "default": "zero", "help": "blocks between the parents [zero]"}
-    parser.add_argument("--off_diagonal", **blocks)
+    blocks = "blocks between the parents [zero]"
+    parser.add_argument("--off_diagonal", choices=["zero", "fresh"], default="zero", help=blocks)
     parser.add_argument("--split_norms", action="store_true", help="norm each parent's entries separately")
-    noise = {
-        "type": options.nonnegative,
-        "default": 0.0,
-        "help": "multiply the second parent's weights by 1 + X * noise",
-    }
-    parser.add_argument("--noise", **noise)
+    noise = "multiply the second parent's weights by 1 + X * noise"
+    parser.add_argument("--noise", type=options.nonnegative, default=0.0, help=noise)
     parser.add_argument("--measure", action="store_true", help="losses and distances on the parents' held-out text")
     parser.add_argument("--seed", type=options.natural, default=0, help="of noise and of fresh weights")
     args = parser.parse_args(argv)

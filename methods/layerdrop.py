@@ -96,9 +96,8 @@ def decreasing(layers, steps, mean_depth=None, seed=0):
     if layers < 3:
         raise ValueError(f"--method decreasing needs at least 3 layers, not {layers} (--layers)")
     if p_max > 1:
-        raise ValueError(
-            f"--mean_depth {mean_depth:g}: decreasing dropout keeps at least {0.75 * layers:g} of {layers} layers"
-        )
+        least = f"{0.75 * layers:g} of {layers}"
+        raise ValueError(f"--mean_depth {mean_depth:g}: decreasing dropout keeps at least {least} layers")
 
     def keep(step):
         drop = p_max * (1 - (step - 1) / max(1, steps - 1))  # rate of the last layer
@@ -122,11 +121,8 @@ class Ramp(Full):
 
 
 def demo(L=12, T=1000):
-    methods = {
-        "PLD, 9 of 12": pld(L, T, 9),
-        "LayerDrop, 9 of 12": layerdrop(L, T, 9),
-        "decreasing, p_max 1": decreasing(L, T),
-    }
+    methods = {"PLD, 9 of 12": pld(L, T, 9), "LayerDrop, 9 of 12": layerdrop(L, T, 9)}
+    methods["decreasing, p_max 1"] = decreasing(L, T)
     print(f"\n  {L} layers, {T} steps: keep probability in percent, and two paths")
     for name, method in methods.items():
         print(f"\n  {name}: {mean_layers(method, T):.2f} layers a step on average")

@@ -178,9 +178,8 @@ def demo():
     print(f"\n  The first of 4 layers, cut to heads {heads}")
     print(f"  and the eighths {neurons} of its neurons\n")
     for name, p in model.blocks[0].named_parameters():
-        print(
-            f"    {name:22} {str(tuple(shapes[name])):12} {tuple(p.shape) if p.shape != shapes[name] else ''}".rstrip()
-        )
+        narrow = tuple(p.shape) if p.shape != shapes[name] else ""
+        print(f"    {name:22} {str(tuple(shapes[name])):12} {narrow}".rstrip())
     narrow = model.encode(tokens, path)
     restore(model, taken)
     for i, block in enumerate(model.blocks):

@@ -94,9 +94,8 @@ def text_files(paths):
             continue
         path = Path(path)
         if not path.exists():
-            raise UserError(
-                f"{path}: there is no such file or folder, nor a corpus prepared there (python -m text.prepare)"
-            )
+            nor = "nor a corpus prepared there (python -m text.prepare)"
+            raise UserError(f"{path}: there is no such file or folder, {nor}")
         inside = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         files += [f for f in inside if f.name.removesuffix(".gz").endswith((".txt", ".jsonl", ".json"))]
     if not files:

@@ -99,11 +99,8 @@ def bench_paths(args, report):
 def bench_width(args, report):
     """Half and three quarters of every layer's heads and hidden neurons, in place of as many layers."""
     stages = f"--stages={args.layers // 2}-{3 * args.layers // 4}-{args.layers}"
-    flags, title = (
-        flags_of(args, "--part=width", stages),
-        "BERT, a share of every layer's width that costs as much as so many layers",
-    )
-    compare_paths(args, flags, title, "efficiency_width", report)
+    title = "BERT, a share of every layer's width that costs as much as so many layers"
+    compare_paths(args, flags_of(args, "--part=width", stages), title, "efficiency_width", report)
 
 
 def bench_ul2(args, report):
@@ -209,12 +206,7 @@ def read_flags():
     parser, count, natural = options.command("tools.bench", __doc__), options.count, options.natural
     enough = options.number(int, "a whole number, 4 or above", lambda x: x >= 4)
     presets, add = sorted(path.stem for path in (ROOT / "configs").glob("*.toml")), parser.add_argument
-    add(
-        "--only",
-        choices=[*BENCHES],
-        metavar="PART",
-        help=f"one of {', '.join(BENCHES)}",
-    )
+    add("--only", choices=[*BENCHES], metavar="PART", help=f"one of {', '.join(BENCHES)}")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: presets only")
     add("--layers", type=enough, default=12, help="[12]")
     add("--width", type=count, default=256, help="[256]")

@@ -114,10 +114,8 @@ def save(model, folder):
     c, folder = model.config, Path(folder)
     shape = c.arch, c.norm, c.positions, c.rms, c.gated, c.tied, c.norm_parts
     if shape != ("bert", "post", "learned", False, False, True, ""):
-        raise UserError(
-            "transformers' BERT is post-LN with learned positions, layer norms and a tied head; this model is not "
-            "(train with --norm post --positions learned)"
-        )
+        rule = "post-LN with learned positions, layer norms and a tied head"
+        raise UserError(f"transformers' BERT is {rule}; this model is not (train with --norm post --positions learned)")
     weights = {name: p.detach() for name, p in model.named_parameters()}
     weights.setdefault("types.weight", torch.zeros(2, c.width))
     weights = {name: p[: c.vocab] if name in ("tokens.weight", "bias") else p for name, p in weights.items()}
