@@ -28,10 +28,6 @@ MAY_CHANGE = {
 }
 
 
-class SaveFailed(Exit):
-    """The last state of a run could not be saved."""
-
-
 class Run:
     """A run folder, open for training.
 
@@ -108,7 +104,7 @@ class Run:
 
     def save(self, step, model, optimizer, last, stopping=False):
         """Save a checkpoint. All ranks agree whether it worked. If it did not, and there is no next time (`last`),
-        raises SaveFailed; else training goes on, older checkpoints stay, and the next interval tries again.
+        raises Exit; else training goes on, older checkpoints stay, and the next interval tries again.
 
         It is read back, and older ones are deleted, in a thread; a run that is `stopping` does not wait for that.
         """
@@ -133,7 +129,7 @@ class Run:
                 self.pruning = threading.Thread(target=checkpoint.prune, args=arguments, daemon=True)
                 self.pruning.start()
         elif last:
-            raise SaveFailed(f"the state at step {step} could not be saved: {problem}")
+            raise Exit(f"the state at step {step} could not be saved: {problem}")
         elif self.ranks.first:
             print(f"warning: no checkpoint at step {step}, training goes on: {problem}", file=sys.stderr)
 
