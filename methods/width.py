@@ -7,7 +7,7 @@ rests. Norms, and the biases of what writes to the residual stream, stay as they
 Not here: RaPTr in depth, which this extends (raptr.py); the block, which runs with however many heads it has
 (model.py).
 
-    python -m methods.width     the shapes of a cut block, and a check against the whole network, masked
+    python -m methods.width     the shapes of a cut block
 
 Source: the RaPTr paper says that parts may be width-wise, not how. All of this is our reading.
 """
@@ -164,32 +164,21 @@ def set_data(p, moments, tensors):
 
 
 def demo():
-    import torch
-
     from model import Config, make
     from raptr import Stage
 
     config = Config(layers=4, width=64, heads=8, mlp=256, seq=16, vocab=99, dropout=0.0)
-    model, tokens = make(config), torch.arange(16)[None]
+    model = make(config)
     path = RandomWidth([Stage(1, 9, 2)], 4, {0, 3}, part="width", slices=8).subnetwork(1)
     shapes = {name: p.shape for name, p in model.blocks[0].named_parameters()}
-    taken = cut(model, path)
+    cut(model, path)
     heads, neurons = path.width.heads[0], path.width.neurons[0]
     print(f"\n  The first of 4 layers, cut to heads {heads}")
     print(f"  and the eighths {neurons} of its neurons\n")
     for name, p in model.blocks[0].named_parameters():
         narrow = tuple(p.shape) if p.shape != shapes[name] else ""
         print(f"    {name:22} {str(tuple(shapes[name])):12} {narrow}".rstrip())
-    narrow = model.encode(tokens, path)
-    restore(model, taken)
-    for i, block in enumerate(model.blocks):
-        writers = ((block.attention.out, path.width.heads[i]), (block.mlp.down, path.width.neurons[i]))
-        for writer, kept in writers:
-            mask = torch.zeros(8).index_fill(0, torch.tensor(kept), path.width.scale)
-            mask = mask.repeat_interleave(writer.in_features // 8)
-            writer.register_forward_pre_hook(lambda module, inputs, mask=mask: inputs[0] * mask)
-    difference = (model.encode(tokens) - narrow).abs().max()
-    print(f"\n  With the dropped heads and neurons set to zero instead: {difference:.1e} apart\n")
+    print(f"\n  What is kept passes on {path.width.scale:.3f} times as much.\n")
 
 
 if __name__ == "__main__":
