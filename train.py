@@ -32,7 +32,7 @@ import methods
 import model as transformer
 import stacking
 from engine import checkpoint, log, machine, parallel, runs
-from engine.errors import NotFinite, Stopped
+from engine.errors import NotFinite, Stopped, guard
 from methods import width
 from raptr import mean_layers
 from text.corpus import open_corpus, rng
@@ -370,7 +370,7 @@ def start(args):
     if args.dry_run:
         from engine import dry_run
 
-        return dry_run.show(args)
+        return guard("train.py", lambda: dry_run.show(args))
     with contextlib.redirect_stderr(machine.BestEffort(sys.stderr)):
         return parallel.run(lambda ranks: main(args, ranks), args)
 

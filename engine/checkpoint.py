@@ -138,6 +138,8 @@ def save(run, step, tensors, meta):
             except SafetensorError as error:  # what it raises where the disk is full
                 raise OSError(str(error)) from None
         (folder / "meta.json").write_text(json.dumps(meta))
+        for name in tensors:  # safetensors lets only the owner read
+            shutil.copymode(folder / "meta.json", folder / f"{name}.safetensors")
         files = sorted(folder.iterdir())
         with ThreadPoolExecutor(1) as pool:  # hash what is still in memory, while it is flushed to the disk
             digests = pool.map(sha256, files)
@@ -199,10 +201,13 @@ def load_newest(run):
     """(tensors, meta) of the newest good checkpoint of a run, or None if there has never been one.
 
     Bad ones are set aside as step_XXXXXXXX.corrupt, with a warning, and never deleted. Raises NoCheckpoint if all are
-    bad.
+    bad, UserError if one may not be read.
     """
     reasons = [f"{path.name}: set aside earlier" for path in sorted(Path(run).glob("step_*.corrupt*"))]
     for folder in reversed(folders(run)):
+        for path in (folder, *folder.glob("*")):
+            if not os.access(path, os.R_OK):  # of another user, say: that is no damage
+                raise UserError(f"{path}: it may not be read")
         try:
             return load(folder)
         except UserError as error:

@@ -1,6 +1,10 @@
 """Errors that end a program with an exit code and one sentence on stderr. Any other exception keeps its traceback."""
 
+import errno
 import sys
+
+# what a disk refuses: to read or write there, or for lack of room
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 
 
 class Exit(Exception):
@@ -40,10 +44,17 @@ class Stopped(Exit):
 
 
 def guard(name, main):
-    """Call main() as the command `name`. An Exit becomes its sentence on stderr and its exit code."""
+    """Call main() as the command `name`. An Exit becomes its sentence on stderr and its exit code; so do a disk that
+    refuses (2) and Ctrl-C (130)."""
     try:
-        main()
+        return main()
     except Exit as error:
-        command = name if name.endswith(".py") else f"python -m {name}"
-        print(f"{command}: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        code, sentence = error.code, str(error)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        code, sentence = UserError.code, f"{error.filename or 'the disk'}: {error.strerror}"
+    except KeyboardInterrupt:
+        code, sentence = 130, "interrupted"
+    print(f"{name if name.endswith('.py') else f'python -m {name}'}: {sentence}", file=sys.stderr)
+    sys.exit(code)

@@ -63,8 +63,8 @@ def has_ended(events):
 
 
 def draw_run(run):
-    """loss.png: loss over the steps, and below it which layers ran. No figure without matplotlib, or where the log was
-    lost."""
+    """loss.png: loss over the steps, and below it which layers ran. No figure without matplotlib, where the log was
+    lost, or where it cannot be written."""
     try:
         figure, (top, strip) = subplots(8, 6, 2, sharex=True, height_ratios=[3, 1])
     except ImportError:
@@ -87,7 +87,9 @@ def draw_run(run):
     top.axhline(unigram, color="0.5", ls=":", lw=1)
     style = {"ha": "right", "va": "bottom", "color": "0.4", "fontsize": 8}
     top.annotate("predicting by frequency", (steps[-1]["step"], unigram), **style)
-    top.set(ylabel="loss (nats)", title=f"{run.name}: held-out loss {evals[-1]['loss']:.3f}")
+    name = run.name.encode("ascii", "replace").decode()  # the font has few other characters
+    top.set_title(f"{name}: held-out loss {evals[-1]['loss']:.3f}", parse_math=False)
+    top.set_ylabel("loss (nats)")
     top.legend(frameon=False, fontsize=8)
     columns = [steps[i * len(steps) // 160] for i in range(160)] if len(steps) > 160 else steps
     cells = [[e.get("width", 1) * (layer in e["layers"]) for e in columns] for layer in range(L)]
@@ -96,7 +98,10 @@ def draw_run(run):
     part = "; lighter: in part of their width" if any("width" in e for e in steps) else ""
     strip.set(xlabel="step", ylabel="layer", yticks=[0, L - 1], title=f"layers that ran (a sample of the steps{part})")
     strip.title.set_fontsize(9)
-    figure.savefig(run / "loss.png", dpi=100)
+    try:
+        figure.savefig(run / "loss.png", dpi=100)
+    except OSError as error:
+        return print(f"warning: loss.png cannot be written ({error.strerror})", file=sys.stderr)
     return run / "loss.png"
 
 
@@ -124,7 +129,8 @@ def summarize(run):
     saved = [f"full training costs {x:.3f} times as many ({1 - 1 / x:.1%} saved)" for x in (layers, step)]
     print(f"  layer FLOPs     {saved[0]}")
     print(f"  with the head   {saved[1]}")
-    files = ["log.jsonl", *["loss.png"] * bool(figure), max(run.glob("step_*[0-9]")).name]
+    newest = [path.name for path in sorted(run.glob("step_*[0-9]"))[-1:]]
+    files = ["log.jsonl", *["loss.png"] * bool(figure), *newest]
     print(f"  files           {run}/: {', '.join(files)}\n")
 
 

@@ -166,7 +166,9 @@ def write(out, first, flags, config, tensors):
     preset = [f"{name} = {json.dumps(value)}" for name, value in changed.items() if value is not None]
     comment = "# Made by methods.deep_fusion: trains a fused network on."
     (unfinished / "preset.toml").write_text("\n".join([comment, *preset]) + "\n")
-    checkpoint.save(unfinished, 0, tensors, {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags})
+    tokenizer = next(unfinished / name for name in TOKENIZERS if (unfinished / name).exists())
+    meta = {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags, "tokenizer_sha256": checkpoint.sha256(tokenizer)}
+    checkpoint.save(unfinished, 0, tensors, meta)
     unfinished.rename(out)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import model as transformer
-from engine import ROOT, options
+from engine import ROOT, checkpoint, options
 from engine.errors import UserError
 from engine.runs import load_run
 from methods import deep_fusion
@@ -109,6 +109,8 @@ def test_two_runs_become_one_that_goes_on(tiny, tmp_path):
     )
     assert done.returncode == 0 and "width 128, 8 heads, 512 hidden neurons" in done.stdout, done.stderr
     assert load_run(tmp_path / "c")[0].config.width == 128
+    tokenizers = [checkpoint.load_newest(run)[1]["tokenizer_sha256"] for run in (a, tmp_path / "c")]
+    assert tokenizers[0] == tokenizers[1]  # so that --init notices another corpus
     assert "threads" not in (tmp_path / "c/preset.toml").read_text()  # another machine may train it on
     preset = [f"--config={tmp_path}/c/preset.toml", "--steps", "6", "--eval_every", "1", "--out"]
     run, fresh = go([*preset, str(tmp_path / "d")]), go([*preset, str(tmp_path / "e"), "--init="])

@@ -92,6 +92,15 @@ def test_readmes_commands_fit_into_80_gb():
         assert cost["memory"] < 75e9, line
 
 
+def test_a_wrong_flag_is_one_sentence():
+    shown = command(["--config", "configs/ul2_toy.toml", "--denoisers", "r3:0", "--dry_run"])
+    assert (
+        shown.returncode == 2
+        and shown.stderr.startswith("train.py: --denoisers r3:0")
+        and shown.stderr.count("\n") == 1
+    )
+
+
 def test_nothing_is_created_and_no_gpu_is_needed(tmp_path):
     out = tmp_path / "run"
     shown = command(

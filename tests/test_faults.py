@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ import methods
 import model as transformer
 import train
 from engine import ROOT, checkpoint, options, parallel, runs
-from engine.errors import NotFinite, UserError
+from engine.errors import NotFinite, UserError, guard
 from processes import Run
 from raptr import Subnetwork
 from test_train import command, events, go, same, trajectory, weights
@@ -245,6 +246,40 @@ def test_every_kind_of_damage_to_every_file_is_found(tmp_path):
             checkpoint.load(folder)
         shutil.copy(file, folder)
     checkpoint.load(folder)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_left_in_place(tmp_path, monkeypatch):
+    """Another user's is no damage. Ours may be read by whoever may read the rest of the folder."""
+    checkpoint.save(tmp_path, 1, {"model": {"a": torch.zeros(1)}}, {"step": 1})
+    folder = tmp_path / "step_00000001"
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors: it may not be read"):
+        checkpoint.load_newest(tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.load_newest(tmp_path)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_disk_that_refuses_and_ctrl_c_are_one_sentence(error, code, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        guard("tools.sample", main)
+    assert left.value.code == code and capsys.readouterr().err == f"python -m tools.sample: {said}\n"
+
+
+def test_other_errors_of_a_disk_keep_their_traceback():
+    with pytest.raises(FileNotFoundError):
+        guard("tools.sample", lambda: open("/nowhere/at/all"))
 
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path):

@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,22 @@ def test_what_is_no_bert_is_refused(tmp_path):
     (tmp_path / "bad" / "config.json").write_text('{"model_type": "gpt2"}')
     shown = script("tools.hf", "import", tmp_path / "bad", "--out", tmp_path / "new")
     assert shown.returncode == 2 and shown.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_an_import_that_fails_leaves_nothing(folder, tmp_path):
+    theirs = shutil.copytree(folder, tmp_path / "theirs")
+    (theirs / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
+    shown = script("tools.hf", "import", theirs, "--out", tmp_path / "new")
+    assert shown.returncode == 2 and "vocab.txt has 16 words, the model 15" in shown.stderr
+    shutil.copy(folder / "vocab.txt", theirs)
+    tensors = load_file(theirs / "model.safetensors")
+    tensors["encoder.layer.0.output.dense.bias"][3] = float("nan")
+    save_file(tensors, theirs / "model.safetensors")
+    shown = script("tools.hf", "import", theirs, "--out", tmp_path / "new")
+    assert shown.returncode == 3 and not (tmp_path / "new").exists()
+    save_file(load_file(folder / "model.safetensors"), theirs / "model.safetensors")
+    assert script("tools.hf", "import", theirs, "--out", tmp_path / "new").returncode == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 # ---- fine-tuning what was imported

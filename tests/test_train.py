@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import methods
 import model as transformer
 import train
-from engine import ROOT, checkpoint, options
+from engine import ROOT, checkpoint, log, options
 from processes import script
 from raptr import Subnetwork
 from text import prepare
@@ -69,6 +69,20 @@ def test_it_learns_and_logs_what_was_promised(tiny):
     assert steps[-1]["tokens"] == 300 * 8 * 32 and set(evals[0]["subnetworks"]) == {"2", "3"}
     assert {"params", "data", "versions", "seed", "world_size"} <= set(start)
     assert (run / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ["a$_$b", "日本語", "\udcff"])
+def test_any_name_of_a_run_folder_can_be_drawn(name, tmp_path, capsys, recwarn):
+    """Without its checkpoints too, which a person may have deleted."""
+    (tmp_path / name).mkdir()
+    lines = (ROOT / "results" / "toy.jsonl").read_text().splitlines(keepends=True)
+    steps = [json.dumps({"event": "step", "step": step, "loss": 6.0, "layers": [0]}) + "\n" for step in (1, 2)]
+    (tmp_path / name / "log.jsonl").write_text("".join([lines[0], *steps, *lines[1:]]))
+    log.draw_run(tmp_path / name)
+    assert (tmp_path / name / "loss.png").stat().st_size > 5000 and not recwarn.list
+    if name.isascii():
+        log.summarize(tmp_path / name)
+        assert "files           " in capsys.readouterr().out
 
 
 def test_the_learning_rate_warms_up_and_decays():

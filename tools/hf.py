@@ -141,20 +141,28 @@ def save(model, folder):
 
 
 def to_run(folder, run):
-    """Write a run folder, as train.py leaves one, from a `transformers` folder."""
+    """Write a run folder, as train.py leaves one, from a `transformers` folder. It appears when it is complete."""
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise UserError(f"{folder}: there is no vocab.txt in it")
+    if tokenizer.vocab_size() > model.config.vocab:
+        words = f"{tokenizer.vocab_size()} words, the model {model.config.vocab}"
+        raise UserError(f"{folder}: vocab.txt has {words}")
     flags = vars(options.parse(["--config=configs/bert_base.toml", f"--out={run}"])) | vars(model.config)
     flags |= {"init": str(folder)}
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(flags, indent=1))
+    unfinished = run.with_name(f".{run.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.json").write_text(json.dumps(flags, indent=1))
     for name in ("vocab.txt", "tokenizer_config.json"):
         if Path(folder, name).exists():
-            shutil.copy(Path(folder, name), run)
+            shutil.copy(Path(folder, name), unfinished)
     tensors = {"model": {name: p.detach() for name, p in model.named_parameters()}}
     tensors |= {"pooler": model.pooler} if model.pooler else {}
-    checkpoint.save(run, 0, tensors, {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags})
+    meta = {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags}
+    meta["tokenizer_sha256"] = checkpoint.sha256(unfinished / "vocab.txt")
+    checkpoint.save(unfinished, 0, tensors, meta)
+    unfinished.rename(run)
 
 
 def main():

@@ -170,7 +170,7 @@ Subnetworks](https://arxiv.org/abs/2402.05913).
 ```python
 from transformers import AutoModelFor{kind}, AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{code})
 model = AutoModelFor{kind}.from_pretrained("{name}"{code})
 print(pipeline("{task}", model=model, tokenizer=tokenizer)("{ask}"))
 ```
