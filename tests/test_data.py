@@ -1,12 +1,15 @@
+import errno
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from text.prepare import CLS, MASK, SEP, SPECIAL
 
 def run(*arguments):
     command = [sys.executable, "-m", "text.prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def masks(corpus, seq):
@@ -110,6 +113,48 @@ def test_half_a_character_is_replaced_too(tmp_path, text):
     )
     assert run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--vocab", 512).returncode == 0
     assert Corpus(tmp_path / "out").meta["replaced_characters"] == 1
+
+
+def test_a_folder_is_read_whole(tmp_path):
+    """Links are followed and upper case is no other kind; what leads to a folder twice, or around, is read once."""
+    tree, far = tmp_path / "tree", tmp_path / "far"
+    for file in (tree / "b/z/BOOK.TXT", tree / "b/one.jsonl", tree / "b.txt", tree / "b-c/x.txt", far / "f.JSON.gz"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("text")
+    for name, target in [("a", tree / "b"), ("m", far), ("n", far), ("up", tree), ("b.link.txt", tree / "b.txt")]:
+        (tree / name).symlink_to(target)
+    (far / "back").symlink_to(tmp_path)  # which holds the tree, and far, again
+    names = [str(file.relative_to(tree)) for file in prepare.text_files([tree])]
+    assert names == ["b/one.jsonl", "b/z/BOOK.TXT", "b-c/x.txt", "b.link.txt", "b.txt", "m/f.JSON.gz"]
+
+
+def test_a_corpus_inside_its_text_is_no_text(tmp_path, text, monkeypatch):
+    """Neither half done, so that the same command continues, nor whole, beside a second one."""
+    files = c4(tmp_path, text)
+    monkeypatch.setattr(prepare, "PART", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "write_meta", Mock(side_effect=KeyboardInterrupt))
+        prepare.prepare(files, tmp_path / "out", 512)
+    assert list(tmp_path.glob(".out.*/*.json")) and prepare.text_files([tmp_path]) == files
+    prepare.prepare(files, tmp_path / "out", 512)
+    assert (tmp_path / "out" / "meta.json").exists() and prepare.text_files([tmp_path]) == files
+
+
+def test_upper_case_names_are_read_as_what_they_are(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "one"}'))
+    assert [*prepare.pieces_of(prepare.text_files([tmp_path]))] == [("one", True)]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "sub").symlink_to(tmp_path / "nodisk")
+    with pytest.raises(UserError, match="sub: cannot be read"):
+        prepare.text_files([tmp_path])
+    (tmp_path / "sub").unlink()
+    (tmp_path / "sub").mkdir(0)
+    if os.geteuid():  # root may read anything
+        with pytest.raises(UserError, match="sub: cannot be read"):
+            prepare.text_files([tmp_path])
 
 
 def sampled(text, size, monkeypatch):
@@ -203,7 +248,11 @@ def test_many_files_are_encoded_by_many_processes(tmp_path, text, monkeypatch):
     assert (one.train_counts == many.train_counts).all() and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("c4: cannot be read (Connection reset by peer)")])
+FULL = OSError(errno.ENOSPC, "No space left on device")
+LOST = UserError("c4: cannot be read (Connection reset by peer)")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), LOST, FULL])
 def test_preparing_goes_on_where_it_was_interrupted(tmp_path, text, monkeypatch, error):
     files = c4(tmp_path / "c4", text)
     monkeypatch.setattr(prepare, "PART", 1)
@@ -217,7 +266,8 @@ def test_preparing_goes_on_where_it_was_interrupted(tmp_path, text, monkeypatch,
         return encode(folder, number, *rest)
 
     monkeypatch.setattr(prepare, "encode_part", interrupted)
-    with pytest.raises(type(error), match=None if isinstance(error, KeyboardInterrupt) else "reset.* goes on"):
+    stopped = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(type(error) if stopped else UserError, match=None if stopped else "(reset|No space).* goes on"):
         prepare.prepare(files, tmp_path / "out", 512)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(prepare, "encode_part", encode)
@@ -228,6 +278,15 @@ def test_preparing_goes_on_where_it_was_interrupted(tmp_path, text, monkeypatch,
     assert whole == out and sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole").iterdir()
     )
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, text, monkeypatch):
+    files, bug = c4(tmp_path / "c4", text), OSError(errno.EBADF, "Bad file descriptor")
+    for error, expected in ((FULL, UserError), (bug, OSError)):
+        with monkeypatch.context() as patch, pytest.raises(expected):
+            patch.setattr(prepare, "write_meta", Mock(side_effect=error))
+            prepare.prepare(files, tmp_path / "out", 512)
+        assert len([*tmp_path.glob(".out.*/00000.json")]) == 1
 
 
 def preparing(files, out, barrier, ended):
@@ -487,6 +546,14 @@ def test_a_bad_corpus_is_refused(tmp_path, name, content, word):
     assert {f.name for f in tmp_path.iterdir()} <= {name}
 
 
+def test_more_characters_than_ids_are_refused_with_the_number_that_suffices(tmp_path):
+    text = [chr(0x4E00 + i) * 20 for i in range(700)]
+    with pytest.raises(UserError, match=r"text: its characters and bytes alone need \d+; raise --vocab$") as error:
+        prepare.train_tokenizer(((d, True) for d in text), 512)
+    least = int(re.search(r"need (\d+)", str(error.value))[1])
+    assert prepare.train_tokenizer(((d, True) for d in text), least)
+
+
 def test_one_document_leaves_nothing_to_hold_out(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(sentences(400)))
     shown = run("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab", 512, "--val_fraction", "1e-9")
@@ -619,6 +686,16 @@ def test_an_existing_out_is_not_touched(corpus, tmp_path):
     (tmp_path / "out").mkdir()
     shown = run("--input", ROOT / "README.md", "--out", tmp_path / "out")
     assert shown.returncode == 2 and "--out" in shown.stderr
+
+
+@pytest.mark.parametrize("out", ["link", "link/out", "link/a/out", "file/out", "/proc/out"])
+def test_an_out_that_cannot_be_made_is_refused_at_once(tmp_path, out):
+    (tmp_path / "link").symlink_to(tmp_path / "nodisk")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.txt").write_text("\n\n".join(sentences(400)))
+    shown = run("--input", tmp_path / "a.txt", "--out", tmp_path / out, "--vocab", 512)
+    assert shown.returncode == 2 and shown.stderr.count("\n") == 1, shown.stderr
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "file", "link"]
 
 
 def test_neither_a_text_nor_a_corpus():

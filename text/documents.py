@@ -10,6 +10,7 @@ import gzip
 import importlib.util
 import json
 import re
+import stat
 import sysconfig
 import zlib
 from pathlib import Path
@@ -84,6 +85,37 @@ def cut(text):
         yield text[start : start + PIECE], start + PIECE >= len(text)
 
 
+def files_in(folder):
+    """All files in a folder and in its folders, sorted; not those of prepared corpora, nor names that begin with a dot.
+    Links are followed; a folder that several lead to is read once, under its own name if that is inside. Raises
+    UserError if a folder cannot be read, or a link leads nowhere."""
+    files, waiting, seen = [], [folder], set()
+    while waiting:
+        folder = waiting.pop()
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        try:
+            entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+            names = {entry.name for entry in entries}
+            if "meta.json" in names and names & {"tokenizer.model", "vocab.txt"}:
+                continue  # a prepared corpus
+            for entry in entries:
+                mode = entry.stat().st_mode
+                if stat.S_ISREG(mode):
+                    files.append(entry)
+                elif stat.S_ISDIR(mode):
+                    waiting.insert(0 if entry.is_symlink() else len(waiting), entry)  # links come last
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    return sorted(files)
+
+
+def kind(file):
+    """The end of a file's name, .gz left out, in lower case: .txt, .jsonl, .json or another."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
 def text_files(paths):
     """The sources that `paths` name: the .txt, .jsonl and .json files, plain or .gz, among them and in their folders,
     and the shards of each hf:NAME. Raises UserError if there are none."""
@@ -96,8 +128,7 @@ def text_files(paths):
         if not path.exists():
             nor = "nor a corpus prepared there (python -m text.prepare)"
             raise UserError(f"{path}: there is no such file or folder, {nor}")
-        inside = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        files += [f for f in inside if f.name.removesuffix(".gz").endswith((".txt", ".jsonl", ".json"))]
+        files += [f for f in (files_in(path) if path.is_dir() else [path]) if kind(f) in (".txt", ".jsonl", ".json")]
     if not files:
         raise UserError(f"{', '.join(paths)}: no .txt, .jsonl or .json file there, plain or .gz")
     return files
@@ -111,10 +142,10 @@ def read(source):
         for text in hub.texts(source):
             yield from cut(text)
     else:
-        opener = gzip.open if source.suffix == ".gz" else open
+        opener = gzip.open if source.suffix.lower() == ".gz" else open
         try:
             with opener(source, "rt", encoding="utf-8-sig", errors="replace", newline=None) as file:
-                lines = source.name.removesuffix(".gz").endswith((".jsonl", ".json"))  # C4's files are called .json.gz
+                lines = kind(source) in (".jsonl", ".json")  # C4's files are called .json.gz
                 yield from jsonl_pieces(file, source) if lines else text_pieces(file)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{source}: cannot be read ({error})") from None

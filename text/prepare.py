@@ -16,6 +16,7 @@ Source: sentencepiece BPE with byte fallback (Kudo & Richardson, arXiv 1808.0622
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -79,7 +80,7 @@ def training_pieces(sources, vocab):
 def train_tokenizer(pieces, vocab):
     """A sentencepiece BPE model (bytes) of `vocab` ids, trained on a sample of bounded size that is the same each time:
     parts of 1000 characters whose hash lies below a threshold, halved whenever they outgrow sample_size(vocab).
-    Raises UserError if the text is too short for so many ids."""
+    Raises UserError if the text is too short for so many ids, or has more characters than ids."""
     sample, size, threshold = [], 0, 1.0
     for text, _ in pieces:
         for start in range(0, len(text), 1000):  # sentencepiece leaves out sentences over 4192 bytes
@@ -103,8 +104,11 @@ def train_tokenizer(pieces, vocab):
             pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]", eos_piece="[SEP]", minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        most = re.search(r"<= (\d+)", str(error))
-        reason = f"at most {most[1]}; lower it, or give more text" if most else str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1]
+        if most := re.search(r"<= (\d+)", reason):
+            reason = f"at most {most[1]}; lower it, or give more text"
+        elif least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+            reason = f"its characters and bytes alone need {least[1]}; raise --vocab"
         raise UserError(f"no tokenizer of {vocab} ids (--vocab) can be made of this text: {reason}") from None
     return model.getvalue()
 
@@ -297,18 +301,20 @@ def write_meta(folder, count, source):
 def lock(folder):
     """Make a folder and lock it: returns an open file, which holds the lock until it is closed. Waits while another
     process holds it; if that one has renamed or removed the folder, begins again."""
-    while True:
-        try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
             with contextlib.suppress(FileExistsError):  # exist_ok=True raises it too, if another renames it just then
-                folder.mkdir(parents=True)
-            file = open(folder / "lock", "w")
-            log.flock(file, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
-                return file
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder.parent}: cannot be written ({error.strerror})") from None
+                folder.mkdir()
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed by another
+                file = open(folder / "lock", "w")
+                log.flock(file, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                    return file
+    except FileExistsError as error:
+        raise UserError(f"{error.filename}: not a folder, or a link to one that does not exist") from None
+    except OSError as error:
+        raise UserError(f"{folder.parent}: cannot be written ({error.strerror})") from None
 
 
 def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=None, source=""):
@@ -317,9 +323,9 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
     pieces: a list of sources (text_files), or a function that starts a fresh pass over (text, ends). val_pieces: the
     same for a held-out text; without it a share `val_fraction` of the documents is held out, chosen by a hash.
     tokenizer: file to use instead of training one of `vocab` ids.
-    After an interruption, or a part that cannot be read, the same call continues; what a function yields is encoded
-    anew. Several processes may make the same call: one works, the others wait for it.
-    Raises UserError if there is no text, or none for one of the two splits.
+    After an interruption, a full disk, or a part that cannot be read, the same call continues; what a function yields
+    is encoded anew. Several processes may make the same call: one works, the others wait for it.
+    Raises UserError if there is no text, or none for one of the two splits, or `out` cannot be written.
     """
     text, held_out = ([p] if callable(p) else [*(p or [])] for p in (pieces, val_pieces))
     model = Path(tokenizer).read_bytes() if tokenizer and load_tokenizer(tokenizer) else b""
@@ -327,6 +333,8 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
     key = hashlib.sha256(json.dumps([VERSION, PART, *facts]).encode()).hexdigest()[:8]
     out = Path(out)
     folder = out.parent / f".{out.name}.{key}"
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"{out}: not a folder, or a link to one that does not exist")
     with lock(folder):
         if out.exists():  # made by another process, while this one waited
             return shutil.rmtree(folder, ignore_errors=True)
@@ -342,12 +350,16 @@ def prepare(pieces, out, vocab, val_fraction=0.05, val_pieces=None, tokenizer=No
             shares = [0.0 if held_out else val_fraction] * len(parts) + [1.0] * len(val_parts)
             encode_parts(folder, parts + val_parts, shares)
             write_meta(folder, len(shares), source)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            full = isinstance(error, OSError)
+            if full and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = f"{out.parent}: cannot be written ({error.strerror})" if full else str(error)
             encoded = len([*folder.glob("[0-9]*.json")])
-            if encoded and encoded < len(shares) and not callable(pieces):  # perhaps only the network failed
-                raise UserError(f"{error}; what is encoded stays in {folder}, and the same command goes on") from None
+            if encoded and (full or encoded < len(shares)) and not callable(pieces):  # perhaps only the network failed
+                raise UserError(f"{reason}; what is encoded stays in {folder}, and the same command goes on") from None
             shutil.rmtree(folder, ignore_errors=True)
-            raise
+            raise UserError(reason) from None
         folder.rename(out)
         (out / "lock").unlink()
 
