@@ -130,7 +130,8 @@ def run_seeds(folder, settings, count, solve):
     """
     with checkpoint.lock(folder):
         known = folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != settings:
+        begun = any(file.stat().st_size for file in folder.glob("[0-9]*.json*"))  # a result, or answers in SEED.jsonl
+        if begun and known.exists() and json.loads(known.read_text()) != settings:
             raise UserError(f"{folder}: was made with other settings or files; choose another --out")
         write(known, json.dumps(settings, indent=1))
         results = []
@@ -140,6 +141,12 @@ def run_seeds(folder, settings, count, solve):
                 write(kept, json.dumps(solve(seed)))
             results.append(json.loads(kept.read_text()))
     return results
+
+
+def results_in(folder):
+    """The results that run_seeds has kept in a folder, seed by seed."""
+    seeds = sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
+    return [json.loads((folder / f"{seed}.json").read_text()) for seed in seeds]
 
 
 def median_run(results, metric):

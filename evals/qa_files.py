@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError
 from evals import metrics
-from evals.superglue import read_lines
+from evals.superglue import parse, read_lines
 
 
 class Question(NamedTuple):
@@ -28,13 +28,21 @@ class Question(NamedTuple):
     shown: str = ""  # the answer to show in an example, where it is not the first one
 
 
+def checked(question):
+    """The question. Raises TypeError unless its answers are a list, and they and its other texts are strings."""
+    texts = [question.id, question.question, question.context, question.shown]
+    if not isinstance(question.answers, list) or not all(isinstance(x, str) for x in texts + question.answers):
+        raise TypeError
+    return question
+
+
 def fail(path, place, what):
     raise UserError(f"{path}, {place}: {what}") from None
 
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except json.JSONDecodeError as error:
@@ -51,10 +59,10 @@ def read_squad(path):
                 where = f"article {a}, paragraph {p}, question {q}"
                 try:
                     answers = [answer["text"] for answer in item["answers"]]
-                    if item.get("is_impossible", False) != (not answers) or not isinstance(item["question"], str):
+                    if item.get("is_impossible", False) != (not answers):
                         raise ValueError
                     starts = [answer.get("answer_start") for answer in item["answers"]]
-                    yield Question(str(item["id"]), item["question"], answers, paragraph["context"], starts)
+                    yield checked(Question(str(item["id"]), item["question"], answers, paragraph["context"], starts))
                 except (KeyError, TypeError, ValueError):
                     fail(path, where, "not a question of SQuAD: id, question, answers (none if is_impossible)")
 
@@ -62,17 +70,17 @@ def read_squad(path):
 def read_nq(path):
     for number, line in read_lines(Path(path)):
         try:
-            yield Question(line["question"], line["question"], [*map(str, line["answer"])])
+            yield checked(Question(line["question"], line["question"], line["answer"]))
         except (KeyError, TypeError):
-            fail(path, f"line {number}", "expected a question and a list of answers")
+            fail(path, f"line {number}", "expected a question and a list of answers, all strings")
 
 
 def read_webquestions(path):
     for number, item in enumerate(read_json(path)):
         try:
-            yield Question(item["qId"], item["qText"], [*map(str, item["answers"])])
+            yield checked(Question(item["qId"], item["qText"], item["answers"]))
         except (KeyError, TypeError):
-            fail(path, f"question {number}", "expected qId, qText, answers")
+            fail(path, f"question {number}", "expected qId, qText and a list of answers, all strings")
 
 
 def read_trivia(path):
@@ -85,10 +93,10 @@ def read_trivia(path):
     if str(path).endswith(".jsonl"):
         for number, line in read_lines(Path(path)):
             try:
-                answers = [line["answer"]["value"], *line["answer"]["aliases"]]
-                yield Question(line["question"], line["question"], answers)
+                answers = [line["answer"]["value"]] + line["answer"]["aliases"]  # refuses a string; a star would not
+                yield checked(Question(line["question"], line["question"], answers))
             except (KeyError, TypeError):
-                fail(path, f"line {number}", "expected a question and an answer with value and aliases")
+                fail(path, f"line {number}", "expected a question and an answer with value and a list of aliases")
         return
     file = read_json(path)
     verified, domain = file["VerifiedEval"], file["Domain"]
@@ -96,8 +104,8 @@ def read_trivia(path):
         try:
             if verified and not item["QuestionPartOfVerifiedEval"]:
                 continue
-            answers = [*item["Answer"]["NormalizedAliases"], *item["Answer"].get("HumanAnswers", [])]
-            question = Question(item["QuestionId"], item["Question"], answers, shown=item["Answer"]["Value"])
+            answers = item["Answer"]["NormalizedAliases"] + item["Answer"].get("HumanAnswers", [])
+            question = checked(Question(item["QuestionId"], item["Question"], answers, shown=item["Answer"]["Value"]))
             if domain == "Wikipedia":
                 yield question
                 continue

@@ -11,6 +11,7 @@ Source: SuperGLUE (Wang et al., arXiv 1905.00537) and its data files, version 2.
 
 import collections
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -72,15 +73,23 @@ def tasks_in(data, tasks):
     return files
 
 
+def parse(text):
+    """The JSON value of a text, with lone surrogates ("\\ud83d"), which are not text, replaced by U+FFFD."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        value = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False)))
+    return value
+
+
 def read_lines(path):
     """(line number, object) for each line of a JSONL file, a Path or zipfile.Path. Raises UserError, naming the line,
     where there is no JSON object."""
     number = 0
     try:
-        with path.open("r", encoding="utf-8") as file:
+        with path.open("r", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    value = json.loads(line)
+                    value = parse(line)
                     if not isinstance(value, dict):
                         raise ValueError
                     yield number, value

@@ -10,9 +10,10 @@ import torch
 
 import eval_superglue
 from engine import checkpoint
+from engine.errors import UserError
 from engine.runs import load_run
 from evals import superglue
-from evals.finetune import Trainer, batches, median_run, set_dropout
+from evals.finetune import Trainer, batches, median_run, run_seeds, set_dropout
 from model import BERT, Config
 from test_superglue import LINES, data, run, tests, unlabelled  # noqa: F401
 
@@ -229,7 +230,7 @@ def test_fine_tuning_learns_and_continues(runs, arch, lr, tmp_path):
     assert all(file.stat().st_mtime_ns == at for file, at in files.items())
     assert json.loads((out / "results.json").read_text()) == results
     shown = run("--tasks", "RTE", *flags, "--batch", 8)
-    assert shown.returncode == 2 and "other settings" in shown.stderr
+    assert shown.returncode == 2 and " was made with batch 16, not 8;" in shown.stderr
 
 
 def test_few_shots(runs, tests, tmp_path):  # noqa: F811
@@ -327,10 +328,11 @@ def test_results_of_another_run_or_text_are_not_taken_for_this_ones(runs, tmp_pa
     own = shutil.copytree(runs["bert"], tmp_path / "own")
     assert run("--finetune", own, "--data", folder, *flags).returncode == 0
     shown = run("--finetune", runs["bert"], "--data", folder, *flags)
-    assert shown.returncode == 2 and "other settings or files" in shown.stderr
+    assert shown.returncode == 2 and f"RTE was made with run {own}, not {runs['bert']};" in shown.stderr
     examples = (folder / "RTE" / "train.jsonl").read_text()
     (folder / "RTE" / "train.jsonl").write_text((folder / "RTE" / "val.jsonl").read_text())
-    assert run("--finetune", own, "--data", folder, *flags).returncode == 2
+    shown = run("--finetune", own, "--data", folder, *flags)
+    assert shown.returncode == 2 and "other settings or files" in shown.stderr
     (folder / "RTE" / "train.jsonl").write_text(examples)
     assert run("--finetune", own, "--data", folder, *flags).returncode == 0
     newest = checkpoint.folders(own)[-1]
@@ -338,3 +340,40 @@ def test_results_of_another_run_or_text_are_not_taken_for_this_ones(runs, tmp_pa
     shutil.rmtree(newest)
     checkpoint.save(own, meta["step"], {"model": {name: 2 * tensor for name, tensor in tensors["model"].items()}}, meta)
     assert run("--finetune", own, "--data", folder, *flags).returncode == 2
+
+
+def test_an_out_is_of_one_model_and_holds_all_its_tasks(runs, tmp_path):
+    folder, out = learnable(tmp_path / "data"), tmp_path / "out"
+    flags = ["--data", folder, "--epochs", 1, "--out", out]
+    assert run("--finetune", runs["bert"], *flags, "--tasks", "RTE", "--seeds", 2).returncode == 0
+    before = json.loads((out / "results.json").read_text())
+    for other, what in (
+        (["--finetune", runs["ul2"]], f"RTE was made with run {runs['bert']}, not"),
+        (["--finetune", runs["bert"], "--lr", 1e-3], "RTE was made with lr 3e-05, not 0.001;"),
+    ):
+        shown = run(*other, *flags, "--tasks", "COPA")
+        assert shown.returncode == 2 and what in shown.stderr and shown.stderr.count("\n") == 1, shown.stderr
+    assert not (out / "runs" / "COPA").exists()
+    shown = run("--finetune", runs["bert"], *flags, "--tasks", "COPA", "--seeds", 1)
+    assert shown.returncode == 0 and "2-task mean" in shown.stdout, shown.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {"COPA", "RTE"} and results["RTE"] == before["RTE"] and results["COPA"]["seeds"] == 1
+    assert {path.stem for path in (out / "val").iterdir()} == set(results)
+
+
+def test_settings_are_compared_where_there_is_a_result(tmp_path):
+    """Nothing was made by a command that failed at once, or that left an empty file of answers."""
+
+    def bad(seed):
+        raise UserError("bad data")
+
+    with pytest.raises(UserError, match="bad data"):
+        run_seeds(tmp_path, {"file": 1}, 1, bad)
+    (tmp_path / "0.jsonl").touch()
+    assert run_seeds(tmp_path, {"file": 2}, 1, lambda seed: seed) == [0]
+    with pytest.raises(UserError, match="other settings"):
+        run_seeds(tmp_path, {"file": 3}, 1, bad)
+    (tmp_path / "0.json").unlink()
+    (tmp_path / "0.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="other settings"):
+        run_seeds(tmp_path, {"file": 3}, 1, bad)

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from engine.errors import guard
+from engine.errors import UserError, guard
 from evals import qa as eval_qa
 from evals import qa_files as qa
 
@@ -131,6 +131,14 @@ BAD = [
     ("triviaqa", FILES["triviaqa"].replace("NormalizedAliases", "Alias"), "question 0"),
     ("triviaqa", FILES["triviaqa"].replace("Domain", "Domains"), "layout"),
     ("triviaqa", "[]", "layout"),
+    ("nq_open", FILES["nq_open"].replace('["7"]', '"7"'), "line 2"),  # a string is not a list of its letters
+    ("nq_open", FILES["nq_open"].replace('["7"]', "[7]"), "line 2"),
+    ("nq_open", FILES["nq_open"].replace('"q2"', "null"), "line 2"),
+    ("webquestions", FILES["webquestions"].replace('["A b", "c"]', '"Paris"'), "question 0"),
+    ("webquestions", FILES["webquestions"].replace('"q"', "5"), "question 0"),
+    ("triviaqa", FILES["triviaqa"].replace('["sunset blvd", "sunset boulevard"]', '"Paris"'), "question 0"),
+    ("triviaqa", FILES["triviaqa"].replace('"Value": "Sunset Boulevard"', '"Value": 1'), "question 0"),
+    ("squad_v2", FILES["squad_v2"].replace('"text": "Paris"', '"text": 5'), "question 2"),
     ("squad_v2", "{", "line 1"),
 ]
 
@@ -140,6 +148,14 @@ def test_bad_data_is_named(tmp_path, task, content, word):
     shown = run(tmp_path, task, content, "{}")
     assert shown.returncode == 2 and word in shown.stderr and "data.json" in shown.stderr, shown.stderr
     assert shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("aliases", ['"Paris"', "[1]", "null"])
+def test_the_aliases_of_a_line_are_a_list_of_strings(tmp_path, aliases):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"question": "q", "answer": {{"value": "Paris", "aliases": {aliases}}}}}')
+    with pytest.raises(UserError, match="line 1: .* list of aliases"):
+        qa.read_task("triviaqa", path)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +169,22 @@ def test_bad_predictions_are_named(tmp_path, predictions, word):
 def test_an_id_that_comes_again_gets_a_number(tmp_path):
     (tmp_path / "d.json").write_text(FILES["squad_v2"].replace('"id": "3"', '"id": "1"'))
     assert [q.id for q in qa.read_task("squad_v2", tmp_path / "d.json")] == ["1", "2", "1#2"]
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_a_byte_order_mark_is_no_text(tmp_path, task):
+    plain, marked = tmp_path / "plain.json", tmp_path / "marked.json"
+    plain.write_text(FILES[task])
+    marked.write_text("\ufeff" + FILES[task])
+    assert qa.read_task(task, marked) == qa.read_task(task, plain)
+
+
+def test_lone_surrogates_are_replaced(tmp_path):
+    """In the data and in the predictions, so that they find each other."""
+    (tmp_path / "d.json").write_text(FILES["squad_v2"].replace('"who"', r'"who \ud83d"'))
+    assert qa.read_task("squad_v2", tmp_path / "d.json")[0].question == "who \ufffd"
+    content, given = FILES["nq_open"].replace("q2", r"q2 \ud83d"), r'{"q1": "December 1972", "q2 \ud83d": "7 \udc00"}'
+    assert json.loads(run(tmp_path, "nq_open", content, given).stdout)["nq_open"]["em"] == 0.5
 
 
 def test_right_answers_score_one(tmp_path):

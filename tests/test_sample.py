@@ -1,5 +1,6 @@
 import collections
 import functools
+import io
 
 import pytest
 import torch
@@ -74,6 +75,39 @@ def test_bert_shows_a_path_beside_the_full_model(runs, text):
     assert shown.returncode == 0 and "full model" in shown.stdout and "2 of 3 layers" in shown.stdout, shown.stderr
     again = ask(runs["bert"], text="one [MASK]\n\n")
     assert again.returncode == 0 and "mask 1" in again.stdout
+
+
+def test_flags_may_stand_anywhere(runs):
+    args, after = ["one [MASK]"], ["--layers", 2, "--seed", 1]
+    orders = ([runs["bert"], *args, *after], [runs["bert"], *after, *args], [*after, runs["bert"], *args])
+    shown = [ask(*order) for order in orders]
+    assert all(one.returncode == 0 and "2 of 3 layers" in one.stdout for one in shown), [one.stderr for one in shown]
+    assert len({one.stdout for one in shown}) == 1
+    for more, word in ((["--layer", 2], "--layer; did you mean --layers?"), (["more"], "unknown argument more")):
+        for order in orders:
+            wrong = ask(*order, *more)
+            assert wrong.returncode == 2 and word in wrong.stderr and wrong.stderr.count("\n") == 1, wrong.stderr
+
+
+def test_no_more_words_are_shown_than_there_are(runs):
+    shown = ask(runs["bert"], "one [MASK]", "--top", 2000)
+    assert shown.returncode == 0 and shown.stdout.count("%") == 512 - 5, shown.stderr  # a special token is no word
+
+
+def test_a_text_that_cannot_be_answered_is_asked_for_again(runs):
+    shown = ask(runs["bert"], text="no mask\none [MASK]\n\n")
+    assert shown.returncode == 0 and "there is no [MASK]" in shown.stdout, shown.stderr
+    assert "mask 1" in shown.stdout.split("there is no [MASK]")[1]
+
+
+def test_bytes_that_are_not_utf8_are_replaced(runs, monkeypatch, capsys):
+    for arch, prompt in (("bert", "one [MASK] \udcff"), ("ul2", "one \udcff")):
+        shown = ask(runs[arch], prompt)  # as Python hands on a byte of the command line
+        assert shown.returncode == 0, shown.stderr
+    monkeypatch.setattr("sys.argv", ["tools.sample", str(runs["ul2"])])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one \xff\n\n"), encoding="utf-8"))
+    sample.main()
+    assert "one \ufffd" in capsys.readouterr().out
 
 
 def test_a_mask_takes_the_place_of_a_word_and_its_space(runs, text):

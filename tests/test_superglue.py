@@ -194,6 +194,20 @@ def test_a_test_set_is_read_without_labels(tests):
         superglue.read_task("RTE", tests / "RTE" / "val.jsonl")
 
 
+def test_a_byte_order_mark_is_no_text(data):
+    path = data / "RTE" / "val.jsonl"
+    before = superglue.read_task("RTE", path)
+    path.write_text("\ufeff" + path.read_text())
+    assert superglue.read_task("RTE", path) == before
+
+
+def test_lone_surrogates_are_replaced(data):
+    """A pair is one character, and stays."""
+    path = data / "RTE" / "val.jsonl"
+    path.write_text(path.read_text().replace('"p"', r'"\uD83D \ud83d\ude00 \\ud83d"'))
+    assert superglue.read_task("RTE", path)[0].fields["premise"] == "\ufffd \U0001f600 \\ud83d"
+
+
 def test_a_submission_is_a_zip_of_files_at_its_root(data, tmp_path):
     superglue.baseline(data, tmp_path / "out")
     assert superglue.zip_predictions(tmp_path / "out", tmp_path / "all.zip") == []

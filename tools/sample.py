@@ -11,6 +11,7 @@ Without a text it asks for one, again and again. Not here: decoding with a cache
 
 import functools
 import random
+import re
 import sys
 
 import numpy as np
@@ -63,6 +64,7 @@ def fill(model, tokenizer, text, subnetwork=None):
 def show_fill(model, tokenizer, text, paths, top):
     """Print the likeliest words for each mask, one column per path. paths: [(title, subnetwork)]."""
     columns = [fill(model, tokenizer, text, subnetwork) for _, subnetwork in paths]
+    top = min(top, tokenizer.vocab_size() - SPECIAL)
     for mask in range(len(columns[0])):
         titles = "".join(f"  {title:32}" for title, _ in paths).rstrip()
         print(f"\n  mask {mask + 1}{titles}")
@@ -197,6 +199,7 @@ def paths_to_show(model, args):
 
 def answer(model, tokenizer, text, paths, args):
     """Print what each path says."""
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # bytes of the command line that are not UTF-8
     if model.config.arch == "bert":
         return show_fill(model, tokenizer, text, paths, args.top)
     for title, path in paths:
@@ -219,7 +222,9 @@ def main():
     add("--top_k", type=natural, default=0, help="UL2: draw among the k likeliest; 0: all [0]")
     add("--top_p", type=portion, default=0.95, help="UL2: draw among the likeliest of this probability [0.95]")
     add("--seed", type=natural, default=random.randrange(1000), help="of path, words and sentences [random]")
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_intermixed_args()  # flags may stand between RUN and TEXT
+    if unknown:
+        parser.parse_args(["run", "text", *unknown])  # refuses them
     model, tokenizer, flags = load_run(args.run)
     paths = paths_to_show(model, args)
     if args.text is not None:
@@ -230,9 +235,13 @@ def main():
         return print()
     kind = "with [MASK] in it" if model.config.arch == "bert" else "to be continued, or with ___ in it"
     print(f"\n  A text {kind}; an empty line ends.")
+    sys.stdin.reconfigure(errors="replace")
     try:
         while text := input("\n> ").strip():
-            answer(model, tokenizer, text, paths, args)
+            try:
+                answer(model, tokenizer, text, paths, args)
+            except UserError as error:  # ask again
+                print(f"  {error}")
             print()
     except EOFError:
         print()
