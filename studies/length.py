@@ -100,14 +100,15 @@ def write_page(name, lengths):
     tokens = {steps: steps * its["batch"] * its["seq"] / 1e6 for steps, its in flags.items()}
     arms = list(dict.fromkeys(run["arm"] for runs in lengths.values() for run in runs if run["arm"] != "full"))
     of_full = {n: [stats.loss(run) for run in runs if run["arm"] == "full"] for n, runs in lengths.items()}
-    rows = [["full, held-out loss", *map(stats.spread, of_full.values())]]
+    rows = [["full, held-out loss", *(f"{stats.spread(losses)} ({len(losses)})" for losses in of_full.values())]]
     points = {}
     for arm in arms:
         behind = {n: stats.differences(runs, arm, "full") for n, runs in lengths.items()}
         points[arm] = {n: stats.interval(values) for n, values in behind.items() if values}
-        rows.append([f"{arm} minus full", *(stats.signed(points[arm].get(n)) for n in lengths)])
+        cells = [f"{stats.measured(values)} ({len(values)})" if values else "" for values in behind.values()]
+        rows.append([f"{arm} minus full", *cells])
     head = ["", *(f"{tokens[n]:.1f}M tokens" for n in lengths)]
-    lines = ["# Length", "", stats.rebuilt("studies.length", name), stats.PAIRED, ""]
+    lines = ["# Length", "", stats.rebuilt("studies.length", name), f"{stats.PAIRED} In brackets: seeds.", ""]
     answers = [[question, stats.measured(values), word] for question, values, word in verdicts(lengths)]
     lines += [*stats.table(head, rows), "", *stats.table(["question", "measured", "verdict"], answers)]
     stats.save_page(stats.RESULTS / name / "table.md", lines)
