@@ -145,7 +145,7 @@ defaults in brackets apply where the preset sets nothing; the default preset
 is a toy.
 exit codes: 0 done; 2 bad flag or input; 3 loss or gradient not finite;
 4 no usable checkpoint; 5 processes disagree, or one is lost; 1 the last save
-failed; 75 stopped, state saved"""
+failed; 75 stopped, state saved; 130 Ctrl-C before the first step"""
 
 
 def flags():

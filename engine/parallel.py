@@ -246,7 +246,7 @@ def run(main, args):
         return left.code
     except Exit as error:
         code, reason = error.code, str(error)
-    except KeyboardInterrupt:  # before or after the steps, which stop by themselves
+    except KeyboardInterrupt:  # before the steps, which stop by themselves
         if ranks is None or ranks.size > 1:
             raise
         code, reason = 130, "interrupted; the same command continues"

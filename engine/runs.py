@@ -45,9 +45,12 @@ class Run:
 
         def open_folder():
             self.lock = checkpoint.lock(self.folder)
-            self.changed = check_config(self.folder, self.flags)
             tokenizer = (corpus.folder / "tokenizer.model").read_bytes()
-            (self.folder / "tokenizer.model").write_bytes(tokenizer)  # for all that comes after training
+            try:
+                self.changed = check_config(self.folder, self.flags)
+                (self.folder / "tokenizer.model").write_bytes(tokenizer)  # for all that comes after training
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: {error.strerror}") from None
             self.newest = checkpoint.load_newest(self.folder)
             if self.newest is None and any(event["event"] in ("save", "done") for event in log.read_log(self.folder)):
                 raise NoCheckpoint(f"--out {self.folder}: its log says that checkpoints were saved, and none is left; "

@@ -71,7 +71,7 @@ def test_it_learns_and_logs_what_was_promised(tiny):
     assert (run / "loss.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("name", ["a$_$b", "日本語", "\udcff"])
+@pytest.mark.parametrize("name", ["a$_$b", "日本語", *["\udcff"] * (sys.platform == "linux")])
 def test_any_name_of_a_run_folder_can_be_drawn(name, tmp_path, capsys, recwarn):
     """Without its checkpoints too, which a person may have deleted."""
     (tmp_path / name).mkdir()

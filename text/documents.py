@@ -97,8 +97,7 @@ def files_in(folder):
         seen.add(folder.resolve())
         try:
             entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-            names = {entry.name for entry in entries}
-            if "meta.json" in names and names & {"tokenizer.model", "vocab.txt"}:
+            if {"meta.json", "tokenizer.model"} <= {entry.name for entry in entries}:
                 continue  # a prepared corpus
             for entry in entries:
                 mode = entry.stat().st_mode
@@ -130,7 +129,8 @@ def text_files(paths):
             raise UserError(f"{path}: there is no such file or folder, {nor}")
         files += [f for f in (files_in(path) if path.is_dir() else [path]) if kind(f) in (".txt", ".jsonl", ".json")]
     if not files:
-        raise UserError(f"{', '.join(paths)}: no .txt, .jsonl or .json file there, plain or .gz")
+        left = "prepared corpora and names that begin with a dot are left out"
+        raise UserError(f"{', '.join(paths)}: no .txt, .jsonl or .json file there, plain or .gz; {left}")
     return files
 
 

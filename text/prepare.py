@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -269,7 +270,8 @@ def encode_parts(folder, parts, shares):
     tasks = [repeat(folder), range(len(parts)), parts, shares]
     if workers < 2 or any(callable(source) for part in parts for source in part):  # functions stay in their process
         return [*map(encode_part, *tasks)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    quiet = signal.SIGINT, signal.SIG_DFL  # Ctrl-C ends a worker without a traceback
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, quiet) as pool:
         encoded = pool.map(encode_part, *tasks)  # its first error cancels the parts that have not begun
         return [*tqdm(encoded, total=len(parts), desc="encoding", unit=" parts", leave=False, disable=None)]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import model as transformer
 from engine import checkpoint, options
@@ -132,7 +132,7 @@ def save(model, folder):
         "type_vocab_size": len(weights["types.weight"]), "initializer_range": c.init_std,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    checkpoint.write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
@@ -161,8 +161,11 @@ def to_run(folder, run):
     tensors |= {"pooler": model.pooler} if model.pooler else {}
     meta = {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags}
     meta["tokenizer_sha256"] = checkpoint.sha256(unfinished / "vocab.txt")
-    checkpoint.save(unfinished, 0, tensors, meta)
-    unfinished.rename(run)
+    try:
+        checkpoint.save(unfinished, 0, tensors, meta)
+        unfinished.rename(run)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main():

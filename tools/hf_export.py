@@ -12,10 +12,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from data import MODES, NO_TARGET, objective, sentinels
-from engine import ROOT
+from engine import ROOT, checkpoint
 from engine.errors import UserError
 from engine.log import has_ended, read_log, write
 from engine.runs import own_text
@@ -48,7 +47,7 @@ def save_with_code(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.json", json.dumps(vars(config) | about, indent=1))
     weights = {f"stack.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    checkpoint.write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     for source, name in CODE.items():
         write(folder / name, remote_code((ROOT / source).read_text(encoding="utf-8")))
     if arch == "ul2":
