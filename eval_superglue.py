@@ -6,12 +6,11 @@
     python eval_superglue.py --baseline OUT --data SUPERGLUE                     the most frequent label, to be scored
 
 RUN is a run folder of train.py, or one made by tools/hf.py. What is finished is not done again: the same command
-continues, and one with other --tasks adds them to the table and the submission of its --out, which are of one model and
-one set of flags. A BERT gets a linear head over [CLS] where the labels are fixed, one score a candidate otherwise; a
-UL2 is trained text to text and answers with the likeliest label. The validation score after the last epoch counts, and
-of several seeds their median. The median seed's answers are written as submission files: OUT/val/ of the validation
-sets, OUT/test/ and OUT/submission.zip of the test sets, where they are there. AX-b and AX-g are answered by the model
-trained on RTE; they are test sets whose labels are public, so they are in both.
+continues, and one with other --tasks adds to its --out, which holds one model. A BERT gets a linear head over [CLS]
+where the labels are fixed, one score a candidate otherwise; a UL2 is trained text to text and answers with the
+likeliest label. The validation score after the last epoch counts, and of several seeds their median. The median seed's
+answers are submission files: OUT/val/ of the validation sets, OUT/test/ and OUT/submission.zip of the test sets, where
+they are there. AX-b and AX-g, test sets with public labels, are in both; the model trained on RTE answers them.
 Not here: the tasks' files and rules (evals/superglue.py), the steps of a fine-tuning (evals/finetune.py).
 
 Sources: inputs of BERT are pairs after the benchmark's baselines (arXiv 1905.00537), all read from [CLS]: theirs also
@@ -42,7 +41,7 @@ from engine.log import write
 from engine.options import command, count, length, natural, positive, share
 from engine.runs import provenance
 from evals import superglue
-from evals.finetune import batches, median_run, open_run, padded, results_in, run_seeds, set_dropout, train
+from evals.finetune import batches, finished, median_run, open_run, padded, run_seeds, set_dropout, train
 from evals.superglue import DIAGNOSTICS, MAIN, TASKS
 
 EPOCHS = {"CB": 10, "COPA": 10, "WSC": 10, "RTE": 5, "WiC": 5, "BoolQ": 4, "MultiRC": 2, "ReCoRD": 2}
@@ -188,9 +187,8 @@ class Answering(torch.nn.Module):
     @torch.no_grad()
     def answer(self, examples, ready, size, autocast):
         """{key: label} for all examples, which `ready` holds prepared."""
-        labels = {}
         self.eval()
-        lengths = [sum(len(row[0]) for row in example.rows) for example in ready]
+        labels, lengths = {}, [sum(len(row[0]) for row in example.rows) for example in ready]
         for group in tqdm(batches(lengths, size), desc=f"asking {self.task}", leave=False, disable=None):
             with autocast:
                 scores = self.scores([ready[i] for i in group])
@@ -370,7 +368,7 @@ def evaluate(args):
     out = Path(args.out or f"out/superglue/{Path(run).resolve().name}{'' if args.finetune else f'-{args.shots}shot'}")
     flags, results = ("epochs", "lr", "batch", "longest", "dropout", "shots"), {}
     settings = provenance(run, args, flags, {}) | {"wording": WORDING}
-    finished(out, settings)
+    finished(out / "runs", TASKS, settings)  # raises UserError if there are some of another model
     for task in tasks:
         read = provenance(run, args, (), {"/".join(place): path for place, path in files[task].items()})
 
@@ -384,21 +382,9 @@ def evaluate(args):
             return result | {"predictions": kept}  # JSON has no tuples as keys
 
         results[task] = run_seeds(out / "runs" / task, settings | read, seeds, solve)
-    results = finished(out, settings) | results
+    results = finished(out / "runs", TASKS, settings) | results
     print(f"\n  {run}: median over seeds (lowest to highest; the metrics of the median seed)\n")
     summarize(out, {task: results[task] for task in TASKS if task in results})
-
-
-def finished(out, settings):
-    """{task: its results} of all tasks in a folder, also those of other commands. Raises UserError if one was made with
-    other `settings`: a score and a submission are of one model."""
-    results = {task: kept for task in TASKS if (kept := results_in(out / "runs" / task))}
-    for task in results:
-        before = json.loads((out / "runs" / task / "settings.json").read_text())
-        for name, value in settings.items():
-            if (was := before.get(name)) != value:
-                raise UserError(f"--out {out}: {task} was made with {name} {was}, not {value}; choose another --out")
-    return results
 
 
 def summarize(out, results):
@@ -407,8 +393,8 @@ def summarize(out, results):
     for task, runs in results.items():
         values, median = [run["epochs"][-1]["score"] for run in runs], median_run(runs, "score")
         low, middle, high = min(values), statistics.median(values), max(values)
-        table[task] = {"median": middle, "min": low, "max": high, "seeds": len(runs)}
-        table[task]["runs"] = [run["epochs"] for run in runs]
+        epochs = [run["epochs"] for run in runs]
+        table[task] = {"median": middle, "min": low, "max": high, "seeds": len(runs), "runs": epochs}
         metrics = ", ".join(f"{name} {v:.3f}" for name, v in median["epochs"][-1].items() if name != "score")
         print(f"  {task:8} {middle:.3f}  ({low:.3f} to {high:.3f}, {len(runs)} seed{'s' * (len(runs) > 1)}; {metrics})")
         for name, split, predictions in median["predictions"]:

@@ -105,9 +105,7 @@ def explicit(q):
     return q.is_cpu and q.dtype == torch.bfloat16
 
 
-@functools.cache
-def compiled_flex():
-    return torch.compile(flex_attention)
+compiled_flex = functools.cache(lambda: torch.compile(flex_attention))
 
 
 def attend(q, k, v, mask, dropout):  # (B, H, T, C/H) each
@@ -171,8 +169,7 @@ class PartNorm(nn.Module):
         self.bias = None if config.rms else nn.Parameter(torch.zeros(config.width))
 
     def forward(self, x):
-        parts = [self.norm(part, part.shape[-1:], eps=self.eps) for part in x.split(self.parts, -1)]
-        y = torch.cat(parts, -1) * self.weight
+        y = torch.cat([self.norm(p, p.shape[-1:], eps=self.eps) for p in x.split(self.parts, -1)], -1) * self.weight
         return y if self.bias is None else y + self.bias
 
 
@@ -232,8 +229,7 @@ class Stack(nn.Module):
         self.config, self.dropout = config, config.dropout
         self.recompute = False  # --recompute
         self.pooler = None  # {"weight", "bias"} of the layer above [CLS], if it came with one (tools/hf.py)
-        C, V = config.width, config.padded_vocab
-        post = config.norm == "post"
+        C, V, post = config.width, config.padded_vocab, config.norm == "post"
         self.tokens = nn.Embedding(V, C)
         self.positions = nn.Embedding(config.seq, C) if config.positions == "learned" else None
         self.relative = nn.Embedding(32, config.heads) if config.positions == "relative" else None
@@ -254,9 +250,8 @@ class Stack(nn.Module):
         padding = torch.zeros(V).masked_fill(torch.arange(V) >= config.vocab, -torch.inf)
         self.register_buffer("padding", padding, persistent=False)  # ids of the padding are never predicted
         if config.positions == "rotary":
-            cos, sin = rotary(config.seq, config.width // config.heads)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+            for name, table in zip(("cos", "sin"), rotary(config.seq, config.width // config.heads)):
+                self.register_buffer(name, table, persistent=False)
 
     def add_head(self):
         pass
@@ -445,8 +440,7 @@ def demo():
         fields = {name: preset[name] for name in Config.__dataclass_fields__ if name in preset}
         config, targets = Config(**fields | {"vocab": task.model_vocab}), task.targets_per_row()
         full, half, head = (flops(config, preset["batch"], targets, n) for n in (None, config.layers // 2, 0))
-        size = f"{parameters(config) / 1e6:,.1f}M"
-        print(f"  {path.stem:10}  {config.layers:6}  {config.width:5}  {size:>8}", end="")
+        print(f"  {path.stem:10}  {config.layers:6}  {config.width:5}  {parameters(config) / 1e6:7,.1f}M", end="")
         print(f"  {full:10.3e}  {half / full:15.1%}  {head / full:11.1%}")
     print("\n  A step is forward and backward over the whole batch. The head always runs,")
     print("  so half the layers cost a bit more than half a step; embeddings cost nothing.\n")

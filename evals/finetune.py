@@ -143,10 +143,19 @@ def run_seeds(folder, settings, count, solve):
     return results
 
 
-def results_in(folder):
-    """The results that run_seeds has kept in a folder, seed by seed."""
-    seeds = sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
-    return [json.loads((folder / f"{seed}.json").read_text()) for seed in seeds]
+def finished(folder, tasks, settings):
+    """{task: its results, seed by seed} of the tasks for which run_seeds has kept some in FOLDER/TASK. Raises UserError
+    if one was made with other `settings`: a score and a submission are of one model."""
+    results = {}
+    for task in tasks:
+        seeds = sorted(int(path.stem) for path in (folder / task).glob("*.json") if path.stem.isdecimal())
+        if seeds:
+            results[task] = [json.loads((folder / task / f"{seed}.json").read_text()) for seed in seeds]
+            before = json.loads((folder / task / "settings.json").read_text())
+            for name in [name for name, value in settings.items() if before.get(name) != value]:
+                made = f"{task} was made with {name} {before.get(name)}, not {settings[name]}"
+                raise UserError(f"--out {folder.parent}: {made}; choose another --out")
+    return results
 
 
 def median_run(results, metric):
