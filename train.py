@@ -371,8 +371,11 @@ def start(args):
         from engine import dry_run
 
         return guard("train.py", lambda: dry_run.show(args))
-    with contextlib.redirect_stderr(machine.BestEffort(sys.stderr)):
-        return parallel.run(lambda ranks: main(args, ranks), args)
+    out, err = map(machine.BestEffort, (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = parallel.run(lambda ranks: main(args, ranks), args)
+        out.flush()
+    return code
 
 
 if __name__ == "__main__":

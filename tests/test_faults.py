@@ -350,14 +350,16 @@ def test_stopped_while_the_disk_is_full(flags, world, rank):
 
 
 def unheard(rank):
-    """Nobody reads the other end of stderr any more."""
+    """Nobody reads the other ends of stdout and stderr any more."""
     reader, writer = os.pipe()
     os.close(reader)
+    os.dup2(writer, 1)
     os.dup2(writer, 2)
 
 
 def unwritable(rank):
-    """stderr goes to a disk that is full."""
+    """stdout and stderr go to a disk that is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 
 
