@@ -43,11 +43,12 @@ def mask_tokens(tokens, vocab, generator):
     order[tokens < SPECIAL] = np.inf  # specials come last
     masked = np.argsort(order, axis=1)[:, :slots]
     real = (tokens >= SPECIAL).sum(axis=1, keepdims=True)
-    spare = np.arange(slots) >= np.maximum(1, np.rint(0.15 * real))
-    spare |= np.take_along_axis(tokens, masked, 1) < SPECIAL
-    targets = np.where(spare, NO_TARGET, np.take_along_axis(tokens, masked, 1))
+    spare = np.arange(slots) >= np.minimum(real, np.maximum(1, np.rint(0.15 * real)))
+    original = np.take_along_axis(tokens, masked, 1)
+    targets = np.where(spare, NO_TARGET, original)
     dice, random_token = generator.random((B, slots)), generator.integers(SPECIAL, vocab, (B, slots))
-    shown = np.where(dice < 0.8, MASK, np.where(dice < 0.9, random_token, targets))
+    shown = np.where(dice < 0.8, MASK, np.where(dice < 0.9, random_token, original))
+    # A spare slot writes back what stands at position 0. No mask is there: a window begins with [CLS].
     masked = np.where(spare, 0, masked)
     inputs = tokens.copy()
     np.put_along_axis(inputs, masked, np.where(spare, tokens[:, :1], shown), 1)
@@ -178,7 +179,7 @@ def random_parts(total, count, generator):
     """(B, max count): each row's `total` (B,) split at random into its `count` (B,) parts of at least 1; 0 beyond."""
     longest, most = int(total.max()), int(count.max())
     key = generator.random((len(total), max(1, longest - 1)))
-    key[np.arange(key.shape[1]) >= total[:, None] - 1] = 2.0
+    key[np.arange(key.shape[1]) >= total[:, None] - 1] = 2.0  # above every random number: never a cut
     order = key.argsort(1).argsort(1)  # the places of the count - 1 smallest keys are the cuts
     cut = (order < count[:, None] - 1).cumsum(1)
     part = np.concatenate([np.zeros((len(total), 1), int), cut], 1)[:, :longest]
@@ -203,10 +204,11 @@ def span_mask(denoiser, rows, size, generator):
     mean_spans = spans_in_all - denoiser.rate * (1 - 1 / denoiser.span)
     s = np.maximum(1, np.floor(mean_spans + generator.random(rows))).astype(int)
     n = size - 1 - 2 * s  # (1)
-    rounding = generator.random(rows)
+    rounding = generator.random(rows)  # used twice, so that m is rounded the same way for both n
     m = np.floor(denoiser.rate * n + rounding).astype(int)
     divided = generator.random(rows) < (m - s) / n  # (2)
     n = n - 2 * divided
+    # Every span and every gap has a token, and if the cut falls inside a span, one span has two.
     m = np.clip(np.floor(denoiser.rate * n + rounding).astype(int), s + divided, n - s)
 
     # The circle: gap, span, gap, span, ... of random lengths. An odd number of ends before a position: it is in a span.
@@ -219,6 +221,7 @@ def span_mask(denoiser, rows, size, generator):
     # Begin to read it at a random place: inside a span if `divided`, else not.
     before = np.take_along_axis(circle, (position - 1) % n[:, None], 1)
     allowed = ((circle & before) == divided[:, None]) & (position < n[:, None])
+    # Of the allowed places the one with the highest random number, so that each is equally likely.
     start = np.argmax(np.where(allowed, generator.random(allowed.shape), -1.0), 1)
     return np.take_along_axis(circle, (position + start[:, None]) % n[:, None], 1) & (position < n[:, None]), n
 
@@ -246,7 +249,7 @@ def corrupt(text, mask, n, mode, first_extra):
     row = np.full((B, T + 2), NO_TARGET)
     row[:, 0] = first_extra + mode
     at = np.arange(B)[:, None]
-    # where each token of text, and each sentinel, goes: once in the prefix, once in the target; T + 1 is nowhere
+    # Where each token of text and each sentinel goes. Column T + 1 takes what goes nowhere, and is cut off below.
     read = (kept | begins).cumsum(1)
     row[at, np.where(kept | begins, read, T + 1)] = np.where(kept, text, sentinel)
     written = prefix[:, None] + (mask.astype(int) + begins).cumsum(1) - 1

@@ -63,7 +63,7 @@ class Config:
 
 
 class Shared(NamedTuple):
-    """What the stack hands to every block."""
+    """What the stack hands to a block beside its input. `past` differs from block to block, in width also `mask`."""
 
     rotation: tuple | None = None  # cosines and signed sines, each (T, 2 C): of the heads of q and k, side by side
     mask: object = None  # who may see whom: bool or additive (B or 1, H or 1, T, T), or flex attention's BlockMask
@@ -192,7 +192,7 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    """Pre-LN block. `scale` multiplies the block's whole update once (x + scale * (y - x)); None means 1."""
+    """Pre-LN block: x + a f(x), where f(x) is what attention and MLP add together, and a is `scale` (None: 1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -204,7 +204,7 @@ class Block(nn.Module):
     def forward(self, x, scale, shared):
         h = x + self.attention(self.norm1(x), shared)
         y = h + self.mlp(self.norm2(h), shared)
-        return y if scale is None else torch.lerp(x, y, scale)
+        return y if scale is None else torch.lerp(x, y, scale)  # x + scale (y - x), and y - x is f(x)
 
 
 class PostBlock(Block):
@@ -213,7 +213,7 @@ class PostBlock(Block):
     def forward(self, x, scale, shared):
         h = self.norm1(x + self.attention(x, shared))
         y = self.norm2(h + self.mlp(h, shared))
-        return y if scale is None else torch.lerp(x, y, scale)
+        return y if scale is None else torch.lerp(x, y, scale)  # x + scale (y - x), and y - x is f(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,8 @@ class Stack(nn.Module):
         self.untied = None if config.tied else nn.Linear(C, V, bias=False)
         self.bias = nn.Parameter(torch.zeros(V))
         self.make_buffers()
-        self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))  # drawn last
+        # Registered last, so drawn last: models of one seed that differ in depth share all other draws.
+        self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))
         generator = torch.Generator().manual_seed(seed)
         self.apply(lambda module: self.init(module, generator))
 
@@ -275,7 +276,7 @@ class Stack(nn.Module):
         types: token types (B, T), for a model with `config.types`; None: all 0.
         """
         T = tokens.shape[1]
-        start = next(iter(past.values()))["k"].shape[2] if past else 0
+        start = next(iter(past.values()))["k"].shape[2] if past else 0  # the position of the first new token
         x = self.tokens(tokens)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[start : start + T]
@@ -305,8 +306,9 @@ class Stack(nn.Module):
             # Relative positions have one bias per head: keep those of the heads that run.
             visible = mask if width is None or self.relative is None else mask[:, width.heads[i]]
             shared = Shared(rotation, visible, None if past is None else past.setdefault(layer, {}), gain)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= subnetwork.frozen):
-                if self.recompute and torch.is_grad_enabled():  # keep a block's input alone; run it again for gradients
+            trains = torch.is_grad_enabled() and i >= subnetwork.frozen  # no gradient passes below a frozen layer
+            with torch.set_grad_enabled(trains):
+                if self.recompute and trains:  # keep a block's input alone; run it again for gradients
                     x = checkpoint(self.blocks[layer], x, scales[i], shared, use_reentrant=False)
                 else:
                     x = self.blocks[layer](x, scales[i], shared)

@@ -33,12 +33,12 @@ class Subnetwork:
 
     layers: tuple[int, ...]
     scale: tuple[float, ...] | None = None
-    # Two methods train only part of what they run:
-    frozen: int = 0  # stacking.py, MSLT: how many of the lowest kept layers run without being trained
-    width: object = None  # methods/width.py: which heads and neurons train, a Width; not the hidden size
+    # For two other methods:
+    frozen: int = 0  # stacking.py, MSLT: how many of the lowest kept layers run forward only, and do not train
+    width: object = None  # methods/width.py: a Width, the heads and neurons that run; not the hidden size
 
     def cost(self):
-        """Cost of the step, in units of one layer's forward and backward pass. The latter is two thirds of the work."""
+        """Cost of the step. One layer forward and backward costs 1; a frozen layer, which runs forward only, 1/3."""
         cost = len(self.layers) * self.width.share if self.width else len(self.layers)
         return cost - 2 / 3 * self.frozen if self.frozen else cost
 
@@ -222,7 +222,7 @@ class RaPTr(Staged):
         return self.path(self.expected_layers(step), f"{self.seed} path {step}")
 
     def path(self, k, name):
-        """Draw a path of (mean) length k. name: seed, a string, from which Python draws the same on every machine."""
+        """Draw a path of (mean) length k. name: text that seeds the draw; on every machine it draws the same path."""
         if k == self.layers:  # the last stage trains the full model
             return None
         kept = draw_layers(random.Random(name), k, self.layers, self.pinned, self.sampling)
@@ -244,6 +244,9 @@ def over(layers, subnetwork):
 
     Run forward and backward inside the context. Build the optimizer outside, over all parameters, and let the
     gradients of skipped layers be None (`zero_grad(set_to_none=True)`).
+    With gradient accumulation keep all micro-batches of a step inside one context: they share its path.
+    `torch.compile(model)` makes a graph for each length of a path. With sampling="bernoulli" or a scale it may need
+    more than torch's limit of 8: compile each layer instead (`layer.compile()`).
     Under DistributedDataParallel set `find_unused_parameters=True`: skipped layers rest, but zeros are sent for them.
     To send none, sum the gradients that exist yourself (engine/parallel.py does), or use FSDP2.
     Raises ValueError for layers of several kinds (some attend to a window, say): such models pick a layer's mask by its
@@ -305,7 +308,7 @@ def mean_layers(method, steps, samples=20_000):
     return math.fsum(method.expected_layers(step) for step in sampled) / len(sampled)
 
 
-def draw(layers, length):
+def picture(layers, length):
     """A path as a picture: one cell per layer, filled where it trains."""
     return "".join("██" if layer in layers else "··" for layer in range(length))
 
@@ -333,7 +336,7 @@ def demo():
         print(f"  stage {number}: steps {stage.start} to {stage.end}, {stage.length:g} layers a step")
         for step in range(stage.start, min(stage.start + 4, stage.end + 1)):
             subnetwork = method.subnetwork(step) or all_layers(args.layers)
-            print(f"    step {step:4d}  {draw(subnetwork.layers, args.layers)}")
+            print(f"    step {step:4d}  {picture(subnetwork.layers, args.layers)}")
     mean = mean_layers(method, args.steps)
     factor = args.layers / mean
     print(f"\n  {mean:.3f} of {args.layers} layers a step: full training costs {factor:.3f} times as many layer FLOPs")

@@ -43,7 +43,7 @@ def midas(n, m):
     if n % block:
         rule = f"midas repeats a block of {block} layers, so {n} must be a multiple of it to become {m}"
         raise ValueError(f"--stages: {rule}")
-    end = -(-(n // block) // 2) * block  # where the middle block ends; of an even number, the first of the two
+    end = math.ceil(n // block / 2) * block  # where the middle block ends; of an even number, the first of the two
     return [*range(end), *range(end - block, n)]
 
 
@@ -54,12 +54,11 @@ def grow(tensors, sources):
     """Rearrange the tensors {name: tensor} of a stack of blocks ("blocks.3.mlp.up.weight") by `sources`. Every layer
     gets storage of its own. Names without a block number stay."""
     grown = {name: tensor.clone() for name, tensor in tensors.items() if "blocks." not in name}
-    # "blocks.3.mlp.up.weight" is ("", "3", "mlp.up.weight"), and a moment of it ("exp_avg.", "3", "mlp.up.weight").
-    split = [re.split(r"blocks\.(\d+)\.", name) for name in tensors if "blocks." in name]
-    in_block = sorted({(before, after) for before, _, after in split})
+    # "blocks.3.mlp.up.weight" is "blocks.{}.mlp.up.weight", and a moment of it "exp_avg.blocks.{}.mlp.up.weight".
+    names = dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.{}.", name) for name in tensors if "blocks." in name)
     for layer, source in enumerate(sources):
-        for before, after in in_block:
-            grown[f"{before}blocks.{layer}.{after}"] = tensors[f"{before}blocks.{source}.{after}"].clone()
+        for name in names:
+            grown[name.format(layer)] = tensors[name.format(source)].clone()
     return grown
 
 
@@ -119,7 +118,7 @@ def demo():
             roots = [roots[source] for source in method.sources(n, m)] if m != n else roots
             step = method.plan[i].start
             frozen = (method.subnetwork(step) or all_layers(m)).frozen
-            note = f"  {frozen} only run" if frozen else ""
+            note = f"  {frozen} frozen" if frozen else ""
             print(f"  {name if i == 0 else '':12} {m:2} layers   {' '.join(f'{root:2}' for root in roots)}{note}")
         print()
 

@@ -34,7 +34,7 @@ import stacking
 from engine import checkpoint, log, machine, parallel, runs
 from engine.errors import NotFinite, Stopped, guard
 from methods import width
-from raptr import mean_layers
+from raptr import all_layers, mean_layers
 from text.corpus import open_corpus, rng
 from text.prepare import prepared
 
@@ -63,7 +63,7 @@ def make_optimizer(model, args):
 def build(args, config, depth, ranks):
     """(model, optimizer): a fresh model with the lowest `depth` of its blocks, on its device, sharded with --fsdp."""
     model = transformer.make(config, args.seed).to(ranks.device)
-    model.blocks, model.recompute = model.blocks[:depth], args.recompute
+    model.blocks, model.recompute = model.blocks[:depth], args.recompute  # each drawn as a block of the whole network
     if args.fsdp:
         ranks.shard(model, machine.choose(args.device, args.dtype)[1])
     if args.compile:
@@ -134,21 +134,21 @@ def forward_backward(model, batch, subnetwork, micro_batch, dropout_seed, autoca
     starts = [(ranks.rank * count + i) * micro_batch for i in range(count)]
     inputs = [to_device([rows[start : start + micro_batch] for rows in batch], ranks.device) for start in starts]
     halves = [range(count // 2), range(count // 2, count)] if ranks.size == 1 and count > 1 else [range(count)]
-    losses, first_half = [], []
+    losses = []
     for half in halves:
+        set_aside = [p.grad for p in parameters]  # of the first half when the second begins, else None
+        model.zero_grad(set_to_none=True)
         total = 0.0
         for i in half:
-            torch.manual_seed(dropout_seed + starts[i])  # dropout, too, is a function of (seed, step)
+            # Dropout, too, is a function of (seed, step): of the place in the whole batch, whichever rank runs it.
+            torch.manual_seed(dropout_seed + starts[i])
             with autocast:
                 loss = model(inputs[i], subnetwork) / targets
             with ranks.summing(model, last=i == count - 1):
                 loss.backward()  # adds to what is in .grad
             total = total + precise(loss.detach())
         losses.append(total)
-        if len(halves) > 1 and half is halves[0]:
-            first_half = [p.grad for p in parameters]
-            model.zero_grad(set_to_none=True)
-    for p, gradient in zip(parameters, first_half):
+    for p, gradient in zip(parameters, set_aside):
         if gradient is not None:
             p.grad.add_(gradient)
     return sum(losses)
@@ -171,6 +171,7 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
         width.restore(model, cut)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    # The norm of the gradients that exist: skipped layers add nothing to it. --clip 0 measures it and clips nothing.
     norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
     rank_loss, norm = torch.stack([rank_loss, precise(norm)]).tolist()  # the one time that the host waits for a GPU
     losses = exchange(rank_loss) if exchange else [loss for (loss,) in ranks.gather(rank_loss)]
@@ -187,8 +188,8 @@ def train_step(model, optimizer, batch, subnetwork, args, ranks, autocast, dropo
 
 @torch.no_grad()
 def evaluate(model, batch, subnetworks, micro_batch, autocast, ranks):
-    """Mean loss, in nats, on the held-out batch, three arrays of which the last is targets. With n subnetworks, each is
-    evaluated on every n-th sequence.
+    """Mean loss, in nats, on the held-out batch, three arrays of which the last is targets. With n subnetworks,
+    number i is evaluated on sequences i, i + n, ..., so that all of them cost one pass.
 
     The ranks take turns of `micro_batch` sequences. They run equally many forward passes, as FSDP2 needs; the surplus
     is ignored.
@@ -247,7 +248,7 @@ def main(args, ranks):
     if "," not in args.data:
         ranks.first_does(lambda: str(prepared(args.data, args.vocab)))
     corpus = open_corpus(args.data, args.vocab)
-    corpus.count("train", args.seq)
+    corpus.count("train", args.seq)  # raises UserError if the text is shorter than a sequence
     objective = data.objective(args, corpus)
     held_out = objective.held_out(args.eval_sequences, args.eval_on == "tuning")
     config = transformer.Config.of(args, objective.model_vocab)
@@ -297,16 +298,16 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
     if step and (args.stop_below or step == args.steps) and is_evaluated(args, method, step):
         full_loss = held_out_loss(None)
     last = step == args.steps or full_loss <= enough  # a resumed run may be complete and lack only its "done" event
-    if not last:
+    if not last:  # announce the first path; each step announces the next one, together with its loss
         ranks.exchange(0.0, run.step + 1, method.subnetwork(run.step + 1), signals)
     while not last:
         step += 1
         # 1. Which part of the network trains? A pure function of (seed, step), on which all ranks must agree.
         subnetwork = method.subnetwork(step)
         stop_wanted = ranks.agree(step)  # raises if their paths differ
-        if stop_wanted or (ranks.size == 1 and signals):
+        if stop_wanted or (ranks.size == 1 and signals):  # several ranks act only on what all have announced
             if run.saved < step - 1:
-                run.save(step - 1, model, optimizer, last=True, stopping=True)
+                run.save(step - 1, model, optimizer, last=True, stopping=True)  # last: none comes after it to try again
             bar.close()
             raise Stopped(f"stopped by {signals.name()} after step {step - 1}; the same command continues")
 
@@ -328,7 +329,8 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         lr = learning_rate(args, step, method.steps_since_growth(step))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        layers = list(subnetwork.layers) if subnetwork else list(range(len(model.blocks)))
+        part = subnetwork or all_layers(len(model.blocks))
+        layers = list(part.layers)
         seed = int(rng(args.seed, "dropout", step).integers(1 << 62))
         # The next path travels with this step's loss, so that ranks compare both in one exchange.
         following = method.subnetwork(step + 1) if step < args.steps else None
@@ -340,10 +342,9 @@ def loop(args, ranks, run, method, objective, config, model, optimizer, held_out
         took = time.perf_counter() - began
 
         # 4. Count what it cost, and log it. Only the layers that ran count.
-        cost = subnetwork.cost() if subnetwork else len(layers)
-        run.flops += round(transformer.flops(config, args.batch, objective.head_positions(batch), cost))
+        run.flops += round(transformer.flops(config, args.batch, objective.head_positions(batch), part.cost()))
         run.seconds += took
-        share = {"width": subnetwork.width.share} if subnetwork and subnetwork.width else {}
+        share = {"width": part.width.share} if part.width else {}
         tokens, stage = step * args.batch * args.seq, method.stage(step)
         run.record("step", step=step, loss=loss, grad_norm=norm, lr=lr, stage=stage, layers=layers, **share,
                    tokens=tokens, flops=run.flops, seconds=took, bytes_reduced=sent)  # fmt: skip

@@ -11,8 +11,11 @@ from stacking import SOURCES, Stacking
 
 def random_part(args):
     """RaPTr. With a single stage it is constant stochastic depth."""
-    constant = [Stage(1, args.steps, args.mean_depth or 0.75 * args.layers)]
-    plan, pinned = constant if args.method == "constant" else plan_of(args), pinned_layers(args)
+    if args.method == "constant":
+        plan = [Stage(1, args.steps, args.mean_depth or 0.75 * args.layers)]
+    else:
+        plan = plan_of(args)
+    pinned = pinned_layers(args)
     if args.part == "depth":
         return RaPTr(plan, args.layers, pinned, args.sampling, args.scaling, args.seed)
     from methods.width import RandomWidth  # here, because `python -m methods.width` loads this file first
@@ -40,13 +43,15 @@ def jump(args):
     """From 3 layers (or the first of --stages) to all, at a third of the steps or where --mean_depth asks for it."""
     L, T, K = args.layers, args.steps, args.mean_depth
     first = 3 if args.stages == "auto" else int(stages(args)[0])
-    at = round(T * ((L - K) / max(1, L - first) if K else 1 / 3))
+    share = (L - K) / max(1, L - first) if K else 1 / 3  # of the steps before the jump: share first + (1 - share) L = K
+    at = round(T * share)
     if first >= L or not 1 <= at < T:
         raise ValueError(f"--method jump: cannot jump from {first} (--stages, one number) to {L} layers (--mean_depth)")
     return Stacking(SOURCES["jump"], [Stage(1, at, first), Stage(at + 1, T, L)], L)
 
 
-# Flags that have an effect with a method, in its object or in train.py. Every other one of these earns a warning.
+# The flags that each method reads, in its object or in train.py. `options.parse` warns about a flag that another method
+# reads and this one does not.
 STAGED = {"stages", "alpha", "full_warmup"}
 DRAWN = {"fixed", "sampling", "scaling", "part"}
 GROWN = {"moments", "growth_warmup"}

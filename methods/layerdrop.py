@@ -20,7 +20,7 @@ Sources: Zhang & He, NeurIPS 2020 (PLD); Fan et al., ICLR 2020 (LayerDrop); Elho
 import math
 import random
 
-from raptr import Full, Subnetwork, all_layers, draw, mean_layers
+from raptr import Full, Subnetwork, all_layers, mean_layers, picture
 
 
 class Dropped(Full):
@@ -130,7 +130,7 @@ def demo(L=12, T=1000):
             percent = " ".join(f"{100 * p:3.0f}" for p in method.keep(step))
             paths = [method.subnetwork(step + i) or all_layers(L) for i in (0, -1 if step == T else 1)]
             print(f"    step {step:4}   {percent}")
-            print("                " + "    ".join(draw(path.layers, L) for path in paths))
+            print("                " + "    ".join(picture(path.layers, L) for path in paths))
     ramp = Ramp(L, T)
     print("\n  ramp: every layer runs; its update is scaled by, in percent")
     for step in (1, T // 20, T // 8, T // 4):

@@ -423,11 +423,11 @@ def test_every_method_has_its_own_published_plan():
 def test_a_full_disk_does_not_end_the_training(tiny, monkeypatch, capsys):
     save, failed = checkpoint.save_file, []
 
-    def full_disk(tensors, path):
+    def full_disk(tensors, path, about):
         if len(failed) < 2:
             failed.append(path)
             raise checkpoint.SafetensorError("No space left on device")
-        save(tensors, path)
+        save(tensors, path, about)
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     run = go(tiny, "--save_every", 4)

@@ -33,7 +33,7 @@ def remote_code(text):
     """Our source as a file of the folder: imports of its neighbours made relative, without its demonstration, which
     imports the rest of the project."""
     text = re.sub(r"^from (model|raptr) import", r"from .\1 import", text, flags=re.MULTILINE)
-    return re.split(r"\n+(?:# -+\n+)?def (?:draw|demo)\(", text)[0] + "\n"
+    return re.split(r"\n+(?:# -+\n+)?def (?:picture|demo)\(", text)[0] + "\n"
 
 
 def save_with_code(model, folder):

@@ -21,7 +21,7 @@ from data import MODES, sentinels
 from engine.errors import UserError, guard
 from engine.options import command, count, natural, nonnegative, portion
 from engine.runs import load_run, own_text
-from raptr import RaPTr, Stage, draw
+from raptr import RaPTr, Stage, picture
 from text.prepare import CLS, MASK, PAD, SEP, SPECIAL, UNK
 
 GAP = "___"
@@ -193,7 +193,7 @@ def paths_to_show(model, args):
         pinned = {0, L - 1} if args.layers > 1 else set()
         path = RaPTr([Stage(1, 1, args.layers)], L, pinned).path(args.layers, f"{args.seed}")
         paths.append((f"{args.layers} of {L} layers", path))
-        print(f"\n  the path of {args.layers} layers: {draw(path.layers, L)}")
+        print(f"\n  the path of {args.layers} layers: {picture(path.layers, L)}")
     return paths
 
 

@@ -23,7 +23,7 @@ import model as transformer
 import train
 from engine import log, machine, options, parallel
 from engine.errors import UserError, guard
-from raptr import Subnetwork, draw, mean_layers
+from raptr import Subnetwork, mean_layers, picture
 from studies.figures import strip
 from text.corpus import open_corpus
 
@@ -68,7 +68,7 @@ def paths(args):
         for step in range(stage.start, stage.start + 3):
             path = method.subnetwork(step)  # None: all layers
             about = f"stage {number}: {stage.length:g} layers" if step == stage.start else ""
-            print(f"  {about:20}  step {step:4}  {draw(path.layers if path else range(args.layers), args.layers)}")
+            print(f"  {about:20}  step {step:4}  {picture(path.layers if path else range(args.layers), args.layers)}")
     mean = mean_layers(method, args.steps)
     print()
     say(f"""A path depends on the seed and the step alone, so a resumed run draws the same ones. All layers cost the
@@ -108,7 +108,7 @@ def by_hand(corpus):
             gradient = "None" if watched[layer].grad is None else f"{watched[layer].grad.norm():.4f}"
             (was, *moments_were), (now, *moments) = before[layer], look(watched[layer], optimizer)
             growth = "".join(f"      x {b / a:.3f}" for a, b in zip(moments_were, moments))
-            cell = draw([0] * (layer != 1), 1)
+            cell = picture([0] * (layer != 1), 1)
             print(f"    layer {layer}  {cell}  {gradient:>8}        {(now - was).abs().mean():.5f}{growth}")
         print()
         if skipped_grad == "none":
