@@ -240,8 +240,7 @@ class Stack(nn.Module):
         self.untied = None if config.tied else nn.Linear(C, V, bias=False)
         self.bias = nn.Parameter(torch.zeros(V))
         self.make_buffers()
-        # Registered last, so drawn last: models of one seed that differ in depth share all other draws.
-        self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList((PostBlock if post else Block)(config) for _ in range(config.layers))  # drawn last
         generator = torch.Generator().manual_seed(seed)
         self.apply(lambda module: self.init(module, generator))
 
