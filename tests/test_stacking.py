@@ -134,8 +134,7 @@ def test_frozen_layers_cost_what_pytorch_counts(only_new):
     assert counter.get_total_flops() == pytest.approx(transformer.flops(config, 2, 4, subnetwork.cost()), rel=0.01)
 
 
-GROWING = {
-    "stacking": ["--stages", "2-3-4"],
+GROWING = {  # and "stacking" in test_faults.py, at every step
     "progressive": ["--stages", "1-2-4"],
     "midas": ["--stages", "2-4"],
     "mslt": ["--stages", "2-3-4-4"],
