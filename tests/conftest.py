@@ -1,5 +1,6 @@
 """Shared by all tests: a small corpus of made-up sentences, the flags of a tiny model, and two trained ones."""
 
+import fcntl
 import os
 import random
 from multiprocessing import forkserver
@@ -52,17 +53,25 @@ def tiny(corpus, tmp_path):
     return [*flags.split(), "--data", str(corpus), "--out", str(tmp_path / "run")]
 
 
+def learn(arch, corpus, out):
+    flags = "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --lr 4e-3"
+    flags += " --init_std 0.125 --dropout 0 --eval_sequences 32 --eval_every 0 --save_every 0 --threads 1"
+    flags += f" --arch {arch} --positions rotary --device cpu"
+    assert train.start(options.parse([*flags.split(), "--data", str(corpus), "--out", str(out)])) == 0
+
+
 @pytest.fixture(scope="session")
 def runs(corpus, tmp_path_factory):
-    """A BERT and a UL2 that have learned which made-up word follows which."""
-    made = {}
-    for arch in ("bert", "ul2"):
-        out = tmp_path_factory.mktemp(arch) / "run"
-        flags = "--layers 3 --width 64 --heads 2 --seq 32 --batch 16 --steps 250 --method raptr --stages 2-3 --lr 4e-3"
-        flags += " --init_std 0.125 --dropout 0 --eval_sequences 32 --eval_every 0 --save_every 0 --threads 1"
-        flags += f" --arch {arch} --positions rotary --device cpu"
-        assert train.start(options.parse([*flags.split(), "--data", str(corpus), "--out", str(out)])) == 0
-        made[arch] = out
+    """A BERT and a UL2 that have learned which made-up word follows which. Whichever worker of pytest-xdist needs them
+    first trains them for all; no test writes into their folders."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    made = {arch: shared / arch / "run" for arch in ("bert", "ul2")}
+    with open(shared / "runs.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for arch, out in made.items():
+            if not out.exists():
+                learn(arch, corpus, out)
     return made
 
 
