@@ -251,10 +251,11 @@ def run(main, args):
             raise
         code, reason = 130, "interrupted; the same command continues"
     except RuntimeError as error:
-        if ranks is None or ranks.size == 1 or not is_lost(error):
+        if not is_lost(error) or (ranks is not None and ranks.size == 1):
             raise
         first_line = str(error).strip().splitlines()[0][:120]
-        print(f"train.py: rank {ranks.rank}, step {ranks.step}: {ranks.missing()} ({first_line})", file=sys.stderr)
+        where = f"rank {ranks.rank}, step {ranks.step}: {ranks.missing()}" if ranks else "another process was lost"
+        print(f"train.py: {where} ({first_line})", file=sys.stderr)
         return Disagreement.code
     speaks = True
     if ranks is not None:
