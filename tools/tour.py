@@ -284,8 +284,8 @@ def growth(full, raptr, stacking, out):
         print(f"  {run.name:10} {run.curve[-1][2]:14.3f}   {run.gflops:15.0f}")
     print()
     say("""A jump is soon made up for. In the comparisons so far (results/README.md), which are small and short,
-        stacking is ahead of RaPTr on BERTs and on a deep UL2, and undecided on other UL2s. The paper reports RaPTr at
-        least level, in large and long ones.""")
+        stacking is ahead of RaPTr on BERTs, on a deep UL2 and in the longest runs of another, and undecided elsewhere.
+        The paper reports RaPTr at least level, in large and long ones.""")
     figure, axes = log.subplots(9, 3.6, 1, 2)
     draw_curves(axes[0], [full, raptr, stacking], 0, "step")
     names = [f"{name} {a:g} to {b:g}" for name, a, b, *_ in changes]
