@@ -180,7 +180,7 @@ class Answering(torch.nn.Module):
     def scores(self, ready):
         """For each prepared example the scores of its answers, as a list of tensors."""
         rows = [row for e in ready for row in e.rows]
-        size = len(rows) if torch.is_grad_enabled() else 128  # a query of ReCoRD can have a hundred
+        size = len(rows) if torch.is_grad_enabled() else 128  # rows at a time: a query can have a hundred
         parts = [self(rows[at : at + size]).flatten() for at in range(0, len(rows), size)]
         return torch.cat(parts).split([len(e.answers) for e in ready])
 
@@ -301,7 +301,7 @@ class Ranker(Answering):
         return torch.zeros(len(rows), device=device).index_add(0, written.nonzero()[:, 0], each)
 
     def loss(self, ready):
-        """Of every right answer, as T5 has it."""
+        """Mean negative log-likelihood of the right answers; a query with several counts once for each, as in T5."""
         return -self([example.rows[i] for example in ready for i in example.right]).mean()
 
 

@@ -113,8 +113,8 @@ def step_of(folder):
 
 
 def write_tensors(tensors, path, about=None):
-    """safetensors' save_file. Raises OSError where the disk is full. Others may read the file as they may any other of
-    ours; theirs is for its owner alone."""
+    """Write a safetensors file of {name: tensor}, with the permissions of any new file: save_file's own is readable by
+    its owner alone. about: its metadata. Raises OSError if the disk is full."""
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -134,7 +134,9 @@ def save(run, step, tensors, meta):
     folder = Path(run, f".step_{step:08d}.tmp")
     for group in tensors.values():
         for name, tensor in group.items():
-            if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):  # faster than torch.isfinite
+            if tensor.numel() and not all(
+                map(math.isfinite, torch.aminmax(tensor))
+            ):  # NaN if one is; faster than isfinite
                 raise NotFinite(f"{name} is not finite after step {step}: nothing was saved")
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + (1 << 20)
     free = shutil.disk_usage(run).free
@@ -214,7 +216,7 @@ def load_newest(run):
     for folder in reversed(folders(run)):
         for path in (folder, *folder.glob("*")):
             if not os.access(path, os.R_OK):  # of another user, say: that is no damage
-                raise UserError(f"{path}: it may not be read")
+                raise UserError(f"{path}: no permission to read it")
         try:
             return load(folder)
         except UserError as error:

@@ -119,8 +119,8 @@ def show(args):
     parts = ", ".join(f"{name} {c[name] / GB:.1f}" for name in ("weights", "gradients", "moments", "activations"))
     parts += f" (logits {c['logits'] / GB:.1f})" + (f", gathered {c['gathered'] / GB:.1f}" if args.fsdp else "")
     relative = f"{c['relative_flops_layers']:.3f}x in layers, {c['relative_flops_step']:.3f}x in whole steps"
-    rows_at_a_time = f"{engine} on {args.gpus}, {args.micro_batch} sequences at a time"
-    memory = f"{c['memory'] / GB:.1f} GB for each {machine}: {rows_at_a_time}"
+    memory = f"{c['memory'] / GB:.1f} GB for each {machine}: {engine} on {args.gpus}"
+    memory += f", {args.micro_batch} sequences at a time"
     rows = [
         ("model", f"{args.layers} x {args.width}, {size} parameters"),
         ("run", f"{args.method}, {args.steps:,} steps of {args.batch} x {args.seq} tokens"),

@@ -3,7 +3,7 @@
 import errno
 import sys
 
-# what a disk refuses: to read or write there, or for lack of room
+# errors of a file that may not be read or written, and of a full disk
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 
 
@@ -44,8 +44,8 @@ class Stopped(Exit):
 
 
 def guard(name, main):
-    """Call main() as the command `name`. An Exit becomes its sentence on stderr and its exit code; so do a disk that
-    refuses (2) and Ctrl-C (130)."""
+    """Call main() as the command `name`. An Exit becomes its sentence on stderr and its exit code. A file that may not
+    be read or written and a full disk end it with one sentence and 2, Ctrl-C with 130."""
     try:
         return main()
     except Exit as error:

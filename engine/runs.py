@@ -7,6 +7,7 @@ tokenizer. Not here: what a checkpoint is (engine/checkpoint.py), the training l
 import contextlib
 import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -195,6 +196,28 @@ def initial_weights(args, config, depth, tokenizer_sha256):
     model.blocks = model.blocks[:depth]
     checkpoint.check_weights(model, tensors["model"], f"--init {args.init}")
     return tensors["model"]
+
+
+def make_run(run, flags, tokenizer, tensors, texts=None):
+    """Write a run folder with a checkpoint of step 0, which is evaluated, or trained on by --init. It appears when it
+    is complete.
+
+    flags: of train.py, {name: value}. tokenizer: files to copy, if they are there; the first one identifies it.
+    tensors: see checkpoint.save. texts: {name: text} of other files.
+    """
+    unfinished = run.with_name(f".{run.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        copies = [Path(shutil.copy(file, unfinished)) for file in tokenizer if file.exists()]
+        for name, text in {"config.json": json.dumps(flags, indent=1), **(texts or {})}.items():
+            (unfinished / name).write_text(text)
+        meta = {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags}
+        meta["tokenizer_sha256"] = checkpoint.sha256(copies[0])
+        checkpoint.save(unfinished, 0, tensors, meta)
+        unfinished.rename(run)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------

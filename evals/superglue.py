@@ -11,13 +11,13 @@ Source: SuperGLUE (Wang et al., arXiv 1905.00537) and its data files, version 2.
 
 import collections
 import json
-import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
 from evals import metrics
+from text.documents import without_surrogates
 
 ENTAILMENT = ["entailment", "not_entailment"]
 
@@ -77,7 +77,7 @@ def parse(text):
     """The JSON value of a text, with lone surrogates ("\\ud83d"), which are not text, replaced by U+FFFD."""
     value = json.loads(text)
     if "\\ud" in text.lower():
-        value = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False)))
+        value = json.loads(without_surrogates(json.dumps(value, ensure_ascii=False)))
     return value
 
 

@@ -19,7 +19,6 @@ Legend: n, m rows and w, v columns of the parents' matrices.
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -147,29 +146,20 @@ def measure(parents, fusions, objective, sequences):
 
 
 def write(out, first, flags, config, tensors):
-    """Write a run folder of the fused network: a checkpoint, flags, a tokenizer, and a preset to train on with. It is
-    built under another name and renamed when complete. first: run folder of the first parent. flags: of that run."""
-    from engine import checkpoint, options
+    """Write a run folder of the fused network: a checkpoint, flags, a tokenizer, and a preset to train on with. first:
+    run folder of the first parent. flags: of that run."""
+    from engine import options
+    from engine.runs import make_run
 
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name in (*TOKENIZERS, "tokenizer_config.json"):
-        if (first / name).exists():
-            shutil.copy(first / name, unfinished)
     flags = vars(flags) | {name: getattr(config, name) for name in (*ADDED, "norm_parts")}
     flags |= {"method": "full", "stages": "auto", "out": str(out), "init": str(out)}
-    (unfinished / "config.json").write_text(json.dumps(flags, indent=1))
     default = vars(options.flags().parse_args([]))
     left_out = ("config", "out", *MACHINE)
     changed = {name: flags[name] for name in default if name not in left_out and flags[name] != default[name]}
     preset = [f"{name} = {json.dumps(value)}" for name, value in changed.items() if value is not None]
     comment = "# Made by methods.deep_fusion: trains a fused network on."
-    (unfinished / "preset.toml").write_text("\n".join([comment, *preset]) + "\n")
-    tokenizer = next(unfinished / name for name in TOKENIZERS if (unfinished / name).exists())
-    meta = {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags, "tokenizer_sha256": checkpoint.sha256(tokenizer)}
-    checkpoint.save(unfinished, 0, tensors, meta)
-    unfinished.rename(out)
+    tokenizer = [first / name for name in (*TOKENIZERS, "tokenizer_config.json")]
+    make_run(out, flags, tokenizer, tensors, {"preset.toml": "\n".join([comment, *preset]) + "\n"})
 
 
 def main(argv=None):

@@ -10,8 +10,8 @@
 Constant stochastic depth (Huang et al., ECCV 2016) with pinned ends, and without their factor at evaluation, is RaPTr
 with a single stage (raptr.py, `--method constant`).
 
-A factor multiplies the update of a whole block once; the authors of PLD, `decreasing` and ProRes multiply attention and
-MLP each.
+Here a factor multiplies the update of a whole block, once. The authors of PLD, `decreasing` and ProRes multiply the
+updates of attention and MLP, each.
 
 Sources: Zhang & He, NeurIPS 2020 (PLD); Fan et al., ICLR 2020 (LayerDrop); Elhoushi et al., arXiv 2609.05275
 (decreasing); arXiv 2603.05369 (ProRes). Legend: L layers, T steps; layers count from 0, steps from 1.
@@ -108,8 +108,8 @@ def decreasing(layers, steps, mean_depth=None, seed=0):
 
 class Ramp(Full):
     """Residual ramp: layer l of 1 .. L is scaled by min(1, t / (l * grow)), so deeper layers come in later. The last
-    layer reaches 1 after a quarter of the steps; published are 12% with 12 layers, 24% with 24. Nothing is skipped, so
-    it costs what full training costs."""
+    layer reaches 1 after a quarter of the steps, its authors' after 12% with 12 layers, 24% with 24. Nothing is
+    skipped, so it costs what full training costs."""
 
     def __init__(self, layers, steps):
         super().__init__(layers)

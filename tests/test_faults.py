@@ -254,7 +254,7 @@ def test_a_checkpoint_that_may_not_be_read_is_left_in_place(tmp_path, monkeypatc
     folder = tmp_path / "step_00000001"
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.safetensors")
-    with pytest.raises(UserError, match="model.safetensors: it may not be read"):
+    with pytest.raises(UserError, match="model.safetensors: no permission to read it"):
         checkpoint.load_newest(tmp_path)
     monkeypatch.undo()
     assert checkpoint.load_newest(tmp_path)[1] == {"step": 1}

@@ -87,7 +87,7 @@ def cut(text):
 
 def files_in(folder):
     """All files in a folder and in its folders, sorted; not those of prepared corpora, nor names that begin with a dot.
-    Links are followed; a folder that several lead to is read once, under its own name if that is inside. Raises
+    Links are followed; a folder that several links lead to is read once, under its own name if that is inside. Raises
     UserError if a folder cannot be read, or a link leads nowhere."""
     files, waiting, seen = [], [folder], set()
     while waiting:
@@ -108,6 +108,11 @@ def files_in(folder):
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
     return sorted(files)
+
+
+def without_surrogates(text):
+    """The text with lone surrogates, which are not text, replaced by U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def kind(file):
@@ -156,7 +161,7 @@ def pieces_of(sources):
     for source in sources:
         for text, ends in read(source):
             plain = text.isascii() and "\0" not in text  # as most texts are; the search below is slower
-            yield text if plain else re.sub("[\0\ud800-\udfff]", "\ufffd", text), ends
+            yield text if plain else without_surrogates(text).replace("\0", "\ufffd"), ends
 
 
 def facts_of(sources):

@@ -10,7 +10,6 @@ over paths (raptr.over).
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 import model as transformer
 from engine import checkpoint, options
 from engine.errors import UserError, guard
-from engine.runs import load_run
+from engine.runs import load_run, make_run
 from text.wordpiece import WordPiece
 from tools import hf_export
 
@@ -141,7 +140,7 @@ def save(model, folder):
 
 
 def to_run(folder, run):
-    """Write a run folder, as train.py leaves one, from a `transformers` folder. It appears when it is complete."""
+    """Write a run folder, as train.py leaves one, from a `transformers` folder."""
     model, tokenizer = load(folder)
     if tokenizer is None:
         raise UserError(f"{folder}: there is no vocab.txt in it")
@@ -150,22 +149,9 @@ def to_run(folder, run):
         raise UserError(f"{folder}: vocab.txt has {words}")
     flags = vars(options.parse(["--config=configs/bert_base.toml", f"--out={run}"])) | vars(model.config)
     flags |= {"init": str(folder)}
-    unfinished = run.with_name(f".{run.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    (unfinished / "config.json").write_text(json.dumps(flags, indent=1))
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        if Path(folder, name).exists():
-            shutil.copy(Path(folder, name), unfinished)
     tensors = {"model": {name: p.detach() for name, p in model.named_parameters()}}
     tensors |= {"pooler": model.pooler} if model.pooler else {}
-    meta = {"step": 0, "flops": 0, "seconds": 0.0, "flags": flags}
-    meta["tokenizer_sha256"] = checkpoint.sha256(unfinished / "vocab.txt")
-    try:
-        checkpoint.save(unfinished, 0, tensors, meta)
-        unfinished.rename(run)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    make_run(run, flags, [Path(folder, name) for name in ("vocab.txt", "tokenizer_config.json")], tensors)
 
 
 def main():

@@ -11,7 +11,6 @@ Without a text it asks for one, again and again. Not here: decoding with a cache
 
 import functools
 import random
-import re
 import sys
 
 import numpy as np
@@ -22,6 +21,7 @@ from engine.errors import UserError, guard
 from engine.options import command, count, natural, nonnegative, portion
 from engine.runs import load_run, own_text
 from raptr import RaPTr, Stage, picture
+from text.documents import without_surrogates
 from text.prepare import CLS, MASK, PAD, SEP, SPECIAL, UNK
 
 GAP = "___"
@@ -199,7 +199,7 @@ def paths_to_show(model, args):
 
 def answer(model, tokenizer, text, paths, args):
     """Print what each path says."""
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # bytes of the command line that are not UTF-8
+    text = without_surrogates(text)  # bytes of the command line that are not UTF-8
     if model.config.arch == "bert":
         return show_fill(model, tokenizer, text, paths, args.top)
     for title, path in paths:
